@@ -1,0 +1,103 @@
+"""Reading and re-evaluating jaxprs through public JAX names only.
+
+The rest of the room never touches an equation's parameters directly where their spelling differs
+between JAX versions; those differences end here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+# Higher-order primitives whose body computes just what an inlined body would.
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+REMAT = frozenset({"checkpoint", "remat", "remat2"})
+SCAN = "scan"
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """The jaxpr inside a higher-order equation, with its captured constants."""
+
+    jaxpr: jex_core.Jaxpr
+    consts: Sequence[Any]
+
+
+def body_of(equation: Any) -> Body | None:
+    """The body of a call, rematerialized call or scan; None for every other equation."""
+    name = equation.primitive.name
+    if name != SCAN and name not in INLINED and name not in REMAT:
+        return None
+    inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+    if inner is None or not hasattr(inner, "consts"):
+        return None if inner is None else Body(inner, ())
+    return Body(getattr(inner, "jaxpr", inner), tuple(inner.consts))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanArity:
+    """How the operands of a scan divide: constants, carry, and (the rest) scanned operands."""
+
+    consts: int
+    carry: int
+
+
+def scan_arity(equation: Any, body: jex_core.Jaxpr) -> ScanArity:
+    """Divides a scan's operands by rank.
+
+    The equation's parameters name this division differently in each JAX version, ranks do not: a
+    scanned operand has one axis more outside than inside, a carry has the same shape.
+    """
+    carry = sum(
+        outer.aval.ndim == inner.aval.ndim
+        for outer, inner in zip(equation.outvars, body.outvars, strict=True)
+    )
+    scanned = sum(
+        outer.aval.ndim == inner.aval.ndim + 1
+        for outer, inner in zip(equation.invars, body.invars, strict=True)
+    )
+    return ScanArity(len(equation.invars) - carry - scanned, carry)
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is written into the equation instead of being a variable."""
+    return isinstance(atom, jex_core.Literal)
+
+
+def run_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on the given operands, keeping its differentiation rules.
+
+    A one-equation jaxpr is evaluated, so no calling convention of a primitive is touched.
+    """
+    values = {
+        atom: value
+        for atom, value in zip(equation.invars, operands, strict=True)
+        if not is_literal(atom)
+    }
+    jaxpr = jex_core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects)
+    return list(jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*values.values()))
+
+
+def rematerialized(equation: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a function in `jax.checkpoint` with the settings of a rematerialized call."""
+    return jax.checkpoint(
+        function,
+        policy=equation.params.get("policy"),
+        prevent_cse=equation.params.get("prevent_cse", True),
+    )
+
+
+def rescan(
+    equation: Any, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, scanned: Any
+) -> tuple[Any, Any]:
+    """Runs `jax.lax.scan` over another body with the settings of a scan equation."""
+    return jax.lax.scan(
+        body,
+        carry,
+        scanned,
+        length=equation.params["length"],
+        reverse=equation.params["reverse"],
+        unroll=equation.params["unroll"],
+    )

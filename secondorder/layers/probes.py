@@ -1,0 +1,160 @@
+"""Evaluating an objective with probes: the input and the output cotangent of every layer.
+
+A probe is a zero added to a layer's output; the gradient with respect to it is the cotangent of
+that output. Inside one `jit` XLA merges this evaluation with the caller's own gradient, so the
+interface ``value_fn(params)`` costs nothing over a model that hands its activations out.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder.layers import jaxprs
+from secondorder.layers.discovery import Discovery, Plan, Site
+
+
+class Tape(NamedTuple):
+    """What one probed pass saw.
+
+    Attributes:
+      value: The objective's value.
+      operands: For every site the operand the weights were applied to.
+      cotangents: For every site the cotangent of its result. Inside a scan both have the scan's
+        length as leading axis.
+    """
+
+    value: jax.Array
+    operands: dict[int, jax.Array]
+    cotangents: dict[int, jax.Array]
+
+
+def make_probe(site: Site) -> jax.Array:
+    """A zero shaped, typed and sharded like a site's result, with the axes of the scans around.
+
+    Args:
+      site: The site.
+
+    Returns:
+      The probe.
+    """
+    aval = site.aval
+    probe = jnp.zeros((*site.lengths, *aval.shape), aval.dtype)
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", ())
+    if not any(axis is not None for axis in spec):
+        return probe
+    spec = jax.sharding.PartitionSpec(*(None for _ in site.lengths), *spec)
+    return jax.sharding.reshard(probe, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def _evaluate_body(
+    equation: Any, plan: Plan, operands: Sequence[Any], probes: dict[int, jax.Array]
+) -> tuple[Sequence[Any], dict[int, jax.Array]]:
+    """Evaluates a higher-order equation whose body holds sites."""
+    body = jaxprs.body_of(equation)
+    assert body is not None
+    if equation.primitive.name == jaxprs.SCAN:
+        return _evaluate_scan(equation, body, plan, operands, probes)
+
+    def inlined(operands: Sequence[Any], probes: dict[int, jax.Array]) -> Any:
+        return evaluate(body.jaxpr, body.consts, operands, plan, probes)
+
+    if equation.primitive.name in jaxprs.REMAT:
+        inlined = jaxprs.rematerialized(equation, inlined)
+    return inlined(operands, probes)
+
+
+def _evaluate_scan(
+    equation: Any,
+    body: jaxprs.Body,
+    plan: Plan,
+    operands: Sequence[Any],
+    probes: dict[int, jax.Array],
+) -> tuple[Sequence[Any], dict[int, jax.Array]]:
+    """Scans with the probes as scanned inputs and the recorded operands as scanned outputs."""
+    arity = jaxprs.scan_arity(equation, body.jaxpr)
+    end = arity.consts + arity.carry
+    consts, carry, scanned = operands[: arity.consts], operands[arity.consts : end], operands[end:]
+
+    def step(carry: Any, inputs: Any) -> Any:
+        scanned, probes = inputs
+        outputs, recorded = evaluate(
+            body.jaxpr, body.consts, [*consts, *carry, *scanned], plan, probes
+        )
+        return list(outputs[: arity.carry]), (list(outputs[arity.carry :]), recorded)
+
+    last, (stacked, recorded) = jaxprs.rescan(
+        equation, step, list(carry), (list(scanned), probes)
+    )
+    return [*last, *stacked], recorded
+
+
+def evaluate(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    arguments: Sequence[Any],
+    plan: Plan,
+    probes: dict[int, jax.Array],
+) -> tuple[list[Any], dict[int, jax.Array]]:
+    """Evaluates a jaxpr, adding probes at its sites.
+
+    Args:
+      jaxpr: An open jaxpr.
+      consts: Values of its constants.
+      arguments: Values of its arguments.
+      plan: Where its sites are.
+      probes: The probe of every site.
+
+    Returns:
+      The results, and the recorded operand of every site.
+    """
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if jaxprs.is_literal(atom) else values[atom]
+
+    recorded: dict[int, jax.Array] = {}
+    for position, equation in enumerate(jaxpr.eqns):
+        operands = [read(atom) for atom in equation.invars]
+        entry = plan.entries.get(position)
+        if isinstance(entry, Plan):
+            inside = {site.index: probes[site.index] for site in entry.sites()}
+            results, seen = _evaluate_body(equation, entry, operands, inside)
+            recorded.update(seen)
+        else:
+            results = jaxprs.run_equation(equation, operands)
+        if isinstance(entry, Site):
+            recorded[entry.index] = operands[entry.operand]
+            results = [results[0] + probes[entry.index]]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars], recorded
+
+
+def record(discovery: Discovery, params: Any, *args: Any) -> Tape:
+    """Evaluates a traced objective and its gradient with respect to every layer's output.
+
+    Args:
+      discovery: The traced objective.
+      params: The point; a pytree like the one it was traced with.
+      *args: Further arguments, as it was traced with.
+
+    Returns:
+      The value, the operands and the cotangents.
+    """
+    arguments = jax.tree.leaves((params, *args))
+
+    def probed(probes: dict[int, jax.Array]) -> tuple[jax.Array, dict[int, jax.Array]]:
+        outputs, recorded = evaluate(
+            discovery.jaxpr.jaxpr, discovery.jaxpr.consts, arguments, discovery.plan, probes
+        )
+        return outputs[0], recorded
+
+    probes = {site.index: make_probe(site) for site in discovery.plan.sites()}
+    with jax.named_scope("layer_probes"):
+        (value, operands), cotangents = jax.value_and_grad(probed, has_aux=True)(probes)
+    return Tape(value, operands, cotangents)
+
+
