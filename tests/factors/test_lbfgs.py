@@ -1,0 +1,154 @@
+"""The limited-memory inverse against the recursion it stands for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factor_oracles import averaged_pairs, bfgs_of, convex_pairs
+
+from secondorder.factors import (
+    Pair,
+    damp_pair,
+    init_memory,
+    inverse_bfgs_update,
+    inverse_matrix,
+    inverse_product,
+    push_pair,
+)
+
+N, P = 6, 4
+
+push = jax.jit(push_pair)
+product = jax.jit(inverse_product)
+matrix = jax.jit(inverse_matrix)
+
+
+def filled(count, seed=0, dtype=None):
+    """A memory after `count` pairs, and the pairs."""
+    pairs = convex_pairs(np.random.default_rng(seed), count, N)
+    memory = init_memory(P, N, dtype or jnp.float32)
+    for s, y in pairs:
+        memory = push(memory, Pair(jnp.asarray(s), jnp.asarray(y)), True)
+    return memory, pairs
+
+
+def test_empty_memory_is_the_identity():
+    v = jnp.arange(float(N))
+    np.testing.assert_array_equal(product(init_memory(P, N), v), v)
+    np.testing.assert_array_equal(matrix(init_memory(P, N)), np.eye(N))
+
+
+@pytest.mark.parametrize("memory_size", [1, P])
+def test_every_fill_level_and_the_wrap_equal_the_recursion(x64, memory_size):
+    rng = np.random.default_rng(1)
+    pairs = convex_pairs(rng, 3 * P + 1, N)
+    v = rng.standard_normal((N, 3))
+    memory = init_memory(memory_size, N, jnp.float64)
+    for count, (s, y) in enumerate(pairs, start=1):
+        memory = push(memory, Pair(jnp.asarray(s * 1e-3), jnp.asarray(y * 1e-3)), True)
+        expected = bfgs_of(pairs[:count][-memory_size:], N)
+        tolerance = 1e-10 * np.abs(expected).max()
+        assert memory.accepted == count
+        np.testing.assert_allclose(matrix(memory), expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(product(memory, v), expected @ v, rtol=0, atol=9 * tolerance)
+        np.testing.assert_allclose(
+            product(memory, v[:, 0]), expected @ v[:, 0], rtol=0, atol=9 * tolerance
+        )
+
+
+def test_dense_and_limited_memory_agree_until_the_memory_is_full(x64):
+    """K-BFGS and K-BFGS(L) must make the same steps before the first pair is forgotten."""
+
+    @jax.jit
+    def advance(h, memory, s, y):
+        dense = damp_pair(Pair(s, y), lambda v: h @ v, damping=0.3, rule="powell_lm")
+        limited = damp_pair(
+            Pair(s, y), lambda v: inverse_product(memory, v), damping=0.3, rule="powell_lm"
+        )
+        return inverse_bfgs_update(h, dense), push_pair(memory, limited)
+
+    h, memory = jnp.eye(N), init_memory(P, N, jnp.float64)
+    differences = []
+    for s, y in averaged_pairs(np.random.default_rng(2), P + 1, N, scale=3.0):
+        h, memory = advance(h, memory, jnp.asarray(s), jnp.asarray(y))
+        differences.append(np.abs(h - matrix(memory)).max())
+    assert max(differences[:P]) < 1e-12
+    assert differences[P] > 1e-6
+
+
+@pytest.mark.parametrize("count", [0, 2, P, P + 3])
+@pytest.mark.parametrize("case", ["rejected", "negative", "zero", "nan", "inf", "overflow"])
+def test_rejected_pairs_leave_the_memory_bit_identical(count, case):
+    memory, _ = filled(count)
+    s, y = (jnp.float32(v) for v in convex_pairs(np.random.default_rng(9), 1, N)[0])
+    pair = {
+        "rejected": Pair(s, y),
+        "negative": Pair(s, -y),
+        "zero": Pair(0 * s, 0 * y),
+        "nan": Pair(s, y.at[2].set(jnp.nan)),
+        "inf": Pair(s.at[0].set(jnp.inf), y),
+        "overflow": Pair(s * 1e-20, y * 1e20),
+    }[case]
+    new = push(memory, pair, case != "rejected")
+    for old, kept in zip(memory, new, strict=True):
+        assert np.asarray(old).tobytes() == np.asarray(kept).tobytes()
+    assert push(memory, Pair(s, y), True).accepted == count + 1
+
+
+def test_secant_equation_after_the_wrap(x64):
+    memory, pairs = filled(2 * P + 1, dtype=jnp.float64)
+    s, y = pairs[-1]
+    np.testing.assert_allclose(product(memory, y), s, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("scale", "tolerance"), [(1e-2, 1e-6), (1.0, 1e-6), (1e2, 1e-5)])
+def test_float32_is_accurate_on_strongly_correlated_pairs(scale, tolerance):
+    """100 kept pairs, each an average with weight 0.9 on the one before."""
+    n, memory_size, count = 40, 100, 150
+    pairs = averaged_pairs(np.random.default_rng(4), count, n, scale)
+
+    def advance(memory, pair):
+        damped = damp_pair(
+            pair, lambda v: inverse_product(memory, v), damping=0.5, rule="powell_lm"
+        )
+        return push_pair(memory, damped), damped
+
+    stacked = Pair(*(jnp.float32(np.stack(v)) for v in zip(*pairs, strict=True)))
+    memory, damped = jax.jit(lambda m, p: jax.lax.scan(advance, m, p))(
+        init_memory(memory_size, n), stacked
+    )
+    assert memory.accepted == count
+    s, y = (np.float64(v) for v in damped)
+    cosines = np.sum(s[1:] * s[:-1], 1) / np.linalg.norm(s[1:], axis=1)
+    assert np.mean(cosines / np.linalg.norm(s[:-1], axis=1)) > 0.5
+    expected = bfgs_of(list(zip(s, y, strict=True))[-memory_size:], n)
+    for value in (matrix(memory), product(memory, jnp.eye(n))):
+        assert np.linalg.norm(value - expected) < tolerance * np.linalg.norm(expected)
+    assert np.linalg.eigvalsh(matrix(memory))[0] > 0.9 * np.linalg.eigvalsh(expected)[0]
+
+
+def test_dtypes_are_a_fixed_point(x64):
+    memory = init_memory(P, N)
+    pair = Pair(jnp.ones(N, jnp.float64), jnp.ones(N, jnp.float64))
+    before = jax.tree.map(lambda v: (v.shape, v.dtype, v.weak_type), memory)
+    after = jax.tree.map(lambda v: (v.shape, v.dtype, v.weak_type), push(memory, pair, True))
+    assert before == after
+
+
+def test_stack_equals_loop():
+    memories = [filled(count, seed=count)[0] for count in (0, 3, P, P + 2)]
+    stack = jax.tree.map(lambda *v: jnp.stack(v), *memories)
+    pairs = convex_pairs(np.random.default_rng(8), 4, N)
+    s, y = (jnp.float32(np.stack(v)) for v in zip(*pairs, strict=True))
+    accept = jnp.array([True, False, True, True])
+    pushed = jax.jit(jax.vmap(push_pair))(stack, Pair(s, y), accept)
+    values = jax.jit(jax.vmap(inverse_product))(pushed, s)
+    for k, memory in enumerate(memories):
+        one = push(memory, Pair(s[k], y[k]), accept[k])
+        assert pushed.accepted[k] == one.accepted
+        np.testing.assert_allclose(values[k], product(one, s[k]), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_size_is_checked():
+    with pytest.raises(ValueError, match="memory_size"):
+        init_memory(0, N)
