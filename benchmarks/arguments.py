@@ -1,0 +1,45 @@
+"""Command-line arguments that several commands share."""
+
+import argparse
+
+from benchmarks.data import DataOptions, Splits
+from benchmarks.data.sources import DATA_VARIABLE
+from benchmarks.problems import PROBLEMS, Problem
+
+
+def add_problem(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--problem`` and the options that change its size."""
+    parser.add_argument("--problem", required=True, choices=sorted(PROBLEMS), metavar="P")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="default: the problem's own")
+    parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help=f"folder of the data files; default ${DATA_VARIABLE}"
+    )
+    parser.add_argument("--train-size", type=int, metavar="N", help="use N training samples")
+    parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--set``."""
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the method, over its defaults",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--json``."""
+    parser.add_argument(
+        "--json", metavar="FILE", help="append JSON records, one per line; - prints them"
+    )
+
+
+def load_data(problem: Problem, args: argparse.Namespace) -> Splits:
+    """The data of a problem as the shared arguments ask for it."""
+    options = DataOptions.from_environment(args.data_dir, args.train_size, args.test_size)
+    return problem.load(options)

@@ -1,0 +1,99 @@
+"""Loaders: from files or recipes to training and test arrays."""
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.data import generated
+from benchmarks.data.formats import read_idx, read_olivetti
+from benchmarks.data.sources import (
+    FASHION_MNIST,
+    MNIST,
+    OLIVETTI,
+    DataError,
+    DataOptions,
+    FileSet,
+)
+from benchmarks.data.splits import FloatArray, Split, Splits
+
+# Of the 1797 digits that scikit-learn ships.
+_DIGITS_TRAIN = 1500
+
+
+def mnist(options: DataOptions) -> Splits:
+    """MNIST: 60000 and 10000 images ``(28, 28, 1)`` in [0, 1], classes 0-9."""
+    return _idx_data_set(MNIST, options)
+
+
+def fashion_mnist(options: DataOptions) -> Splits:
+    """Fashion-MNIST: 60000 and 10000 images ``(28, 28, 1)`` in [0, 1], classes 0-9."""
+    return _idx_data_set(FASHION_MNIST, options)
+
+
+def digits(options: DataOptions) -> Splits:
+    """The handwritten digits that scikit-learn ships, ``(8, 8, 1)`` in [0, 1], classes 0-9.
+
+    The 1797 images are shuffled once with a fixed seed, because they are in the order of their
+    writers, and split into 1500 for training and 297 for testing.
+    """
+    from sklearn.datasets import load_digits  # slow to import, and needed here only
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    images = (bunch.images[order] / 16.0).astype(np.float32)[..., None]
+    labels = bunch.target[order].astype(np.int32)
+    return Splits(
+        Split(images[:_DIGITS_TRAIN], labels[:_DIGITS_TRAIN]).first(options.train_size),
+        Split(images[_DIGITS_TRAIN:], labels[_DIGITS_TRAIN:]).first(options.test_size),
+    )
+
+
+def curves(options: DataOptions) -> Splits:
+    """CURVES-like images ``(28, 28)`` in [0, 1]: see `generated.CurvesRecipe`."""
+    recipe = generated.CurvesRecipe()
+    recipe = recipe.with_counts(options.train_size, options.test_size)
+    train, test = generated.cached(recipe, lambda: generated.draw_curves(recipe))
+    return Splits(Split(_unit_interval(train)), Split(_unit_interval(test)))
+
+
+def faces(options: DataOptions) -> Splits:
+    """FACES-like patches ``(25, 25)``, standardised: see `generated.FacesRecipe`.
+
+    Each pixel is shifted to mean 0 over the training patches and all are divided by one number
+    that makes the average variance of a pixel 1, as Hinton and Salakhutdinov (Science 313, 2006,
+    supporting material) did with theirs. The papers' loss, half the squared error, asks for that.
+    """
+    recipe = generated.FacesRecipe()
+    recipe = recipe.with_counts(options.train_size, options.test_size)
+    # Located first, so that a missing file is reported whether or not patches are cached.
+    path = OLIVETTI.locate("olivettifaces.mat", options)
+    patches = generated.cached(recipe, lambda: generated.crop_faces(recipe, read_olivetti(path)))
+    train, test = (_unit_interval(part) for part in patches)
+    mean = train.mean(axis=0)
+    scale = np.sqrt(np.mean(np.var(train, axis=0))).astype(np.float32)
+    return Splits(Split((train - mean) / scale), Split((test - mean) / scale))
+
+
+def _idx_data_set(files: FileSet, options: DataOptions) -> Splits:
+    read = functools.partial(_idx_split, files, options)
+    return Splits(
+        read("train", options.train_size),
+        read("t10k", options.test_size),
+    )
+
+
+def _idx_split(files: FileSet, options: DataOptions, prefix: str, count: int | None) -> Split:
+    images = read_idx(files.locate(f"{prefix}-images-idx3-ubyte.gz", options), ndim=3)
+    labels = read_idx(files.locate(f"{prefix}-labels-idx1-ubyte.gz", options), ndim=1)
+    if len(images) != len(labels) or images.shape[1:] != (28, 28):
+        raise DataError(
+            f"{files.folder}/{prefix}: images {images.shape} and labels {labels.shape} "
+            "are not N images of 28x28 with N labels."
+        )
+    pixels = _unit_interval(images[:count])[..., None]
+    return Split(pixels, labels[:count].astype(np.int32))
+
+
+def _unit_interval(pixels: NDArray[np.uint8]) -> FloatArray:
+    return pixels.astype(np.float32) / np.float32(255)

@@ -1,0 +1,89 @@
+"""What a person sees: progress bars and tables, on standard error.
+
+Standard output is left to records, so that ``--json -`` can be piped.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from benchmarks.training import EpochRecord, Run
+
+console = Console(stderr=True)
+
+
+def progress_bar() -> Progress:
+    """A progress display for runs; `watch` adds a bar to it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def watch(run: Run, progress: Progress, title: str) -> Iterator[EpochRecord]:
+    """Trains a run and moves its own bar.
+
+    Args:
+        run: The run.
+        progress: A running display.
+        title: What the bar is called.
+
+    Yields:
+        The records of the run.
+    """
+    options = run.options
+    # With no limit on epochs the bar counts steps towards an unknown total.
+    total = None if options.epochs is None else options.epochs * run.steps_per_epoch
+    task = progress.add_task(title, total=total, status="")
+
+    def on_step(step: int, loss: float) -> None:
+        progress.update(task, completed=step, status=f"batch loss {loss:.5g}")
+
+    for record in run.epochs(on_step):
+        progress.update(task, completed=record.step, status=f"train loss {record.train_loss:.5g}")
+        yield record
+    _finish(progress, task)
+
+
+def describe(record: EpochRecord) -> str:
+    """The losses of a record in a few words."""
+    parts = [f"train {record.train_loss:.5g}", f"test {record.test_loss:.5g}"]
+    if record.test_accuracy is not None:
+        parts.append(f"accuracy {record.test_accuracy:.2%}")
+    return ", ".join(parts)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table; floats are rounded to four significant digits, None is a dash."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _finish(progress: Progress, task: TaskID) -> None:
+    """Fills the bar: a run that ended on time or by divergence is over too."""
+    completed = progress.tasks[progress.task_ids.index(task)].completed
+    progress.update(task, total=completed)

@@ -1,0 +1,115 @@
+"""The networks of the benchmark problems, and their losses.
+
+The autoencoders are bare JAX with the papers' initialisation; the classifiers are Flax Linen, so
+that both ways of writing a model are measured.
+"""
+
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+DenseStack = list[dict[str, jax.Array]]
+
+
+def init_dense_stack(key: jax.Array, sizes: Sequence[int]) -> DenseStack:
+    """Initialises dense layers as PyTorch's ``nn.Linear`` does, which the papers used.
+
+    Kernel and bias are both uniform on ``+-1/sqrt(inputs)``.
+
+    Args:
+        key: PRNG key.
+        sizes: Width of each layer from the input to the output.
+
+    Returns:
+        One ``{"kernel": (inputs, outputs), "bias": (outputs,)}`` per layer, float32.
+    """
+    keys = jax.random.split(key, len(sizes) - 1)
+    shapes = zip(keys, pairwise(sizes), strict=True)
+    return [_init_dense(layer_key, *shape) for layer_key, shape in shapes]
+
+
+def apply_autoencoder(params: DenseStack, inputs: jax.Array) -> jax.Array:
+    """A symmetric autoencoder: ReLU, but the code layer in the middle and the output linear.
+
+    Args:
+        params: An even number of dense layers; the first half is the encoder.
+        inputs: ``(batch, pixels)``.
+
+    Returns:
+        ``(batch, pixels)`` reconstructions: logits or intensities, as the loss takes them.
+    """
+    linear_layers = {len(params) // 2 - 1, len(params) - 1}
+    hidden = inputs
+    for number, layer in enumerate(params):
+        hidden = hidden @ layer["kernel"] + layer["bias"]
+        if number not in linear_layers:
+            hidden = jax.nn.relu(hidden)
+    return hidden
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 (LeCun et al. 1998) with today's ReLU and max-pooling: 61706 parameters."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps ``(batch, 28, 28, 1)`` images to ``(batch, classes)`` logits."""
+        hidden = nn.relu(nn.Conv(6, (5, 5), padding="SAME")(images))
+        hidden = _halve(hidden)
+        hidden = nn.relu(nn.Conv(16, (5, 5), padding="VALID")(hidden))
+        hidden = _halve(hidden)
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        hidden = nn.relu(nn.Dense(120)(hidden))
+        hidden = nn.relu(nn.Dense(84)(hidden))
+        return nn.Dense(self.classes)(hidden)
+
+
+class DigitsCNN(nn.Module):
+    """A small convolutional network for 8x8 images: 13706 parameters."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps ``(batch, 8, 8, 1)`` images to ``(batch, classes)`` logits."""
+        hidden = nn.relu(nn.Conv(16, (3, 3))(images))
+        hidden = _halve(hidden)
+        hidden = nn.relu(nn.Conv(32, (3, 3))(hidden))
+        hidden = _halve(hidden)
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        hidden = nn.relu(nn.Dense(64)(hidden))
+        return nn.Dense(self.classes)(hidden)
+
+
+def binary_cross_entropy(logits: jax.Array, pixels: jax.Array) -> jax.Array:
+    """Cross entropy of pixel intensities in [0, 1], summed over pixels, mean over the batch."""
+    return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, pixels), axis=-1))
+
+
+def half_squared_error(outputs: jax.Array, pixels: jax.Array) -> jax.Array:
+    """Half the squared error, summed over pixels, mean over the batch."""
+    return 0.5 * jnp.mean(jnp.sum((outputs - pixels) ** 2, axis=-1))
+
+
+def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross entropy of integer classes, mean over the batch."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def _halve(images: jax.Array) -> jax.Array:
+    """Max-pooling over 2x2 pixels."""
+    pooled: jax.Array = nn.max_pool(images, (2, 2), (2, 2))  # type: ignore[no-untyped-call]
+    return pooled
+
+
+def _init_dense(key: jax.Array, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
+    kernel_key, bias_key = jax.random.split(key)
+    bound = 1 / float(fan_in) ** 0.5
+    draw = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+    return {"kernel": draw(kernel_key, (fan_in, fan_out)), "bias": draw(bias_key, (fan_out,))}

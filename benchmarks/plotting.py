@@ -1,0 +1,84 @@
+"""Plots of training losses."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without their yellow.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The course of one run.
+
+    Attributes:
+        label: Its name in the legend.
+        is_dashed: Sets the peers apart from the methods of this package.
+        steps: Steps at each point.
+        seconds: Training seconds at each point.
+        losses: Training loss at each point.
+    """
+
+    label: str
+    is_dashed: bool
+    steps: Sequence[int]
+    seconds: Sequence[float]
+    losses: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """The runs of one problem: one row of the figure."""
+
+    title: str
+    curves: Sequence[Curve]
+
+
+def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Saves a figure with a row per problem: loss over steps, and over seconds.
+
+    Args:
+        path: The PNG file.
+        title: Title of the figure.
+        panels: One per problem.
+    """
+    figure = Figure(figsize=(11, 4 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=14)
+    axes = figure.subplots(len(panels), 2, squeeze=False)
+    for (over_steps, over_seconds), panel in zip(axes, panels, strict=True):
+        for number, curve in enumerate(panel.curves):
+            style = _style(number, curve)
+            over_steps.plot(curve.steps, curve.losses, **style)
+            over_seconds.plot(curve.seconds, curve.losses, **style)
+        _decorate(over_steps, panel.title, "steps")
+        _decorate(over_seconds, panel.title, "training seconds, without compilation")
+        over_steps.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _style(number: int, curve: Curve) -> dict[str, object]:
+    return {
+        "label": curve.label,
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": "--" if curve.is_dashed else "-",
+        "linewidth": 1.8,
+    }
+
+
+def _decorate(axes: Axes, title: str, x_label: str) -> None:
+    axes.set(title=title, xlabel=x_label, ylabel="training loss", yscale="log")
+    axes.set_xlim(left=0)
+    # Losses often span less than a decade: label more than powers of ten, as plain numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,70 @@
+"""``train``: trains one method on one problem and records every epoch."""
+
+import argparse
+
+from benchmarks.arguments import add_json, add_problem, add_settings, load_data
+from benchmarks.display import console, describe, progress_bar, watch
+from benchmarks.methods import METHODS
+from benchmarks.problems import PROBLEMS
+from benchmarks.records import open_writer, versions
+from benchmarks.settings import parse_settings
+from benchmarks.training import EpochRecord, Run, RunOptions
+
+_DEFAULT_EPOCHS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_problem(parser)
+    parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
+    parser.add_argument("--epochs", type=int, metavar="N", help="stop after N epochs")
+    parser.add_argument("--seconds", type=float, metavar="S", help="stop after S training seconds")
+    add_settings(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 1 if the training diverged."""
+    problem, method = PROBLEMS[args.problem], METHODS[args.method]
+    endless = args.epochs is None and args.seconds is None
+    options = RunOptions(
+        problem,
+        method,
+        overrides=parse_settings(args.settings),
+        epochs=_DEFAULT_EPOCHS if endless else args.epochs,
+        seconds=args.seconds,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    # Wrong settings are reported before the data is read.
+    method.settings(problem, options.overrides)
+    console.print(f"[bold]{problem.name}[/bold]: {problem.description}", highlight=False)
+    training = Run(options, load_data(problem, args))
+    last = _train(training, args.json)
+    return _report(last)
+
+
+def _train(training: Run, path: str | None) -> EpochRecord:
+    """Trains, prints a line per epoch, and writes the records; returns the last."""
+    names = {"problem": training.options.problem.name, "method": training.options.method.name}
+    extra = {**names, **training.header(), "versions": versions()}
+    title = " ".join(names.values())
+    with open_writer(path) as write, progress_bar() as progress:
+        for record in watch(training, progress, title):
+            progress.console.print(
+                f"epoch {record.epoch}: {describe(record)}, {record.seconds:.1f} s",
+                highlight=False,
+            )
+            write({**record.as_json(), **extra})
+            extra = names
+    return record
+
+
+def _report(last: EpochRecord) -> int:
+    if last.diverged:
+        console.print(
+            f"[bold red]Stopped: the loss is not finite at step {last.step}.[/bold red] "
+            "A smaller learning rate or more damping may help."
+        )
+        return 1
+    return 0

@@ -1,0 +1,192 @@
+"""Training runs: one record per epoch, training time apart from all other time."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from benchmarks.data import Splits
+from benchmarks.evaluation import Evaluator, Metrics
+from benchmarks.methods import Method
+from benchmarks.problems import Batch, Problem
+from benchmarks.records import Record
+from benchmarks.settings import SettingError
+from benchmarks.steps import (
+    CompiledStep,
+    IndexArray,
+    TrainState,
+    build_optimizer,
+    compile_step,
+    epoch_orders,
+    initial_state,
+    training_step,
+    wait,
+)
+
+# Called after each step with the steps done so far and the latest loss that is known.
+StepCallback = Callable[[int, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What to run, and for how long.
+
+    Attributes:
+        problem: The problem.
+        method: The method.
+        overrides: Settings over the method's own.
+        epochs: Stop after this many epochs; None for no such limit.
+        seconds: Stop after this much training time; None for no such limit.
+        seed: Of initial parameters and shuffles.
+        batch_size: None takes the problem's.
+    """
+
+    problem: Problem
+    method: Method
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    epochs: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.seconds is None:
+            raise SettingError("A run needs a number of epochs or of seconds.")
+        if min(self.epochs or 1, self.batch_size or 1) < 1 or (self.seconds or 1) <= 0:
+            raise SettingError("Epochs, seconds and batch size must be positive.")
+
+    @property
+    def samples_per_step(self) -> int:
+        """The batch size that counts."""
+        return self.batch_size or self.problem.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRecord:
+    """The state of a run after an epoch, or where it stopped.
+
+    Attributes:
+        epoch: Whole, except where the time ran out or the run diverged within one.
+        step: Steps so far.
+        seconds: Training time so far, without compilation and evaluation.
+        train_loss: Over all training samples, with the L2 term.
+        test_loss: Over all test samples, with the L2 term.
+        test_accuracy: None for problems without classes.
+        diverged: Whether the run stopped because a loss was not finite.
+    """
+
+    epoch: float
+    step: int
+    seconds: float
+    train_loss: float
+    test_loss: float
+    test_accuracy: float | None
+    diverged: bool = False
+
+    def as_json(self) -> Record:
+        """The record without an accuracy where there is none."""
+        fields = dataclasses.asdict(self)
+        if self.test_accuracy is None:
+            del fields["test_accuracy"]
+        return fields
+
+
+class Run:
+    """One training run. Making it compiles the step; `epochs` trains.
+
+    Attributes:
+        options: What is run.
+        settings: All settings of the method.
+        compile_seconds: Time to trace, lower and compile the step.
+        steps_per_epoch: Number of whole batches in the training split.
+        initial: Metrics of the initial parameters on the training split.
+    """
+
+    def __init__(self, options: RunOptions, splits: Splits) -> None:
+        self.options = options
+        self.settings = options.method.settings(options.problem, options.overrides)
+        self.steps_per_epoch = len(splits.train) // options.samples_per_step
+        self._orders = epoch_orders(len(splits.train), options.samples_per_step, options.seed)
+        self._train, self._test = Batch.put(splits.train), Batch.put(splits.test)
+        self._evaluate = Evaluator(options.problem)
+        self._steps, self._seconds = 0, 0.0
+        self._state, self._step = self._compile()
+        self.compile_seconds = self._step.compile_seconds
+        self.initial: Metrics = self._evaluate(self._state.params, self._train)
+
+    def epochs(self, on_step: StepCallback = lambda step, loss: None) -> Iterator[EpochRecord]:
+        """Trains until the epochs or the seconds are used up or the loss is not finite.
+
+        Args:
+            on_step: Called after each step.
+
+        Yields:
+            One record per epoch; the last may stand for a part of an epoch.
+        """
+        for epoch, order in enumerate(self._orders, start=1):
+            record = self._record(is_finite=self._train_epoch(order, on_step))
+            yield record
+            if record.diverged or self._is_out_of_time() or epoch == self.options.epochs:
+                return
+
+    def header(self) -> Record:
+        """What describes the run in its first record."""
+        return {
+            "settings": self.settings,
+            "seed": self.options.seed,
+            "batch_size": self.options.samples_per_step,
+            "compile_seconds": self.compile_seconds,
+            "initial_train_loss": self.initial.loss,
+        }
+
+    def _compile(self) -> tuple[TrainState, CompiledStep]:
+        problem, size = self.options.problem, self.options.samples_per_step
+        params = jax.jit(problem.init)(jax.random.key(self.options.seed))
+        optimizer = build_optimizer(
+            problem, self.options.method, self.settings, params, self._train, size
+        )
+        state = initial_state(optimizer, params)
+        indices = next(epoch_orders(len(self._train.inputs), size, seed=0))[0]
+        return state, compile_step(training_step(problem, optimizer), state, self._train, indices)
+
+    def _train_epoch(self, order: IndexArray, on_step: StepCallback) -> bool:
+        """Takes the steps of an epoch; returns whether the losses were finite.
+
+        Each loss is read while the next step already runs: the device never waits for Python,
+        and yet a run ends at most one step after its time or its first loss that is not finite.
+        """
+        seconds_before, start = self._seconds, time.perf_counter()
+        previous: jax.Array | None = None
+        for indices in order:
+            self._state, loss = self._step.call(self._state, self._train, indices)
+            self._steps += 1
+            value = float(loss if previous is None else previous)
+            self._seconds = seconds_before + time.perf_counter() - start
+            on_step(self._steps, value)
+            if not math.isfinite(value) or self._is_out_of_time():
+                break
+            previous = loss
+        is_finite = math.isfinite(value) and math.isfinite(float(loss))
+        wait(self._state)
+        self._seconds = seconds_before + time.perf_counter() - start
+        return is_finite
+
+    def _is_out_of_time(self) -> bool:
+        return self.options.seconds is not None and self._seconds >= self.options.seconds
+
+    def _record(self, is_finite: bool) -> EpochRecord:
+        train = self._evaluate(self._state.params, self._train)
+        test = self._evaluate(self._state.params, self._test)
+        epoch = self._steps / self.steps_per_epoch
+        return EpochRecord(
+            epoch=int(epoch) if epoch.is_integer() else round(epoch, 4),
+            step=self._steps,
+            seconds=self._seconds,
+            train_loss=train.loss,
+            test_loss=test.loss,
+            test_accuracy=test.accuracy,
+            diverged=not (is_finite and train.is_finite()),
+        )
