@@ -104,7 +104,7 @@ def push_pair(memory: InverseMemory, pair: Pair, accept: ArrayLike = True) -> In
     oldest = slots == memory.accepted % len(memory.s)
     unit = oldest.astype(s.dtype)
     kept = jnp.where(oldest[:, None] | oldest, 0, memory.triangle_inverse)
-    column = unit - matmul(kept, jnp.where(oldest, 0, matmul(memory.s, y)))
+    column = unit - matmul(kept, matmul(memory.s, y))
     magnitude = inner(s, s) + inner(y, y) + jnp.sum(jnp.abs(column))
     use = jnp.any(s != 0) & jnp.isfinite(magnitude)  # a rejected pair has become zero
     triangle_inverse = jnp.where(oldest, column[:, None], kept)

@@ -125,9 +125,9 @@ def _pair_and_accept(s, y, accept):
 
 
 def test_overflow_of_the_sum_leaves_the_inverse():
-    h = jnp.eye(2, dtype=jnp.float32) * 3e38  # the change fits, the sum does not
-    pair = Pair(jnp.array([5e18, 0.0]), jnp.array([1e-19, 1e-22]))
-    change = update(jnp.eye(2), pair, True)[0, 0]
+    h = jnp.diag(jnp.array([3e38, 1.0], jnp.float32))
+    pair = Pair(jnp.array([6e18, 1.0]), jnp.array([0.0, 1.0]))
+    change = update(jnp.eye(2), pair, True)[0, 0]  # fits, but the sum does not
     assert np.isfinite(change)
     assert not np.isfinite(change + h[0, 0])
     np.testing.assert_array_equal(update(h, pair, True), h)

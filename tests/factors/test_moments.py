@@ -20,7 +20,7 @@ def test_second_moment_is_float32_or_wider(dtype):
     inputs = jnp.full((1000, 2), 0.1, dtype)
     moment = second_moment(inputs, 1000)
     assert moment.dtype == jnp.float32
-    np.testing.assert_allclose(moment, float(inputs[0, 0]) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(moment, float(inputs[0, 0]) ** 2, rtol=1e-4)
 
 
 def test_second_moment_keeps_double(x64):
