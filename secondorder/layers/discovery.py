@@ -45,9 +45,22 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sites of one jaxpr, by position of the equation; a nested plan for each body."""
+    """The sites of one jaxpr, by position of the equation; a nested plan for each body.
+
+    Attributes:
+      entries: The sites and nested plans.
+      inlined: Whether XLA sees the body as part of what is around it; not so for scans and for
+        rematerialized calls.
+    """
 
     entries: dict[int, "Site | Plan"]
+    inlined: bool = True
+
+    @property
+    def merges(self) -> bool:
+        """Whether XLA can merge an evaluation with another one at the same point."""
+        nested = [entry for entry in self.entries.values() if isinstance(entry, Plan)]
+        return self.inlined and all(plan.merges for plan in nested)
 
     def sites(self) -> list[Site]:
         """All sites, nested ones included."""
@@ -147,7 +160,9 @@ class _Reader:
         if body is not None and equation.primitive.name == jaxprs.SCAN:
             return self.read_scan(equation, body.jaxpr, values, lengths), unknown
         if body is not None:
-            return self.read(body.jaxpr, values, lengths)
+            plan, results = self.read(body.jaxpr, values, lengths)
+            inlined = equation.primitive.name not in jaxprs.REMAT
+            return dataclasses.replace(plan, inlined=inlined), results
         application = match_application(equation, values, lengths, len(self.applications))
         if application is not None:
             return self.add_site(equation, application, lengths)
@@ -185,7 +200,7 @@ class _Reader:
             known = isinstance(value, ParamValue) and not arity.consts <= i < end
             inside.append(enter_scan(value, i >= end) if known else None)  # type: ignore[arg-type]
         plan, _ = self.read(body, inside, (*lengths, equation.params["length"]))
-        return plan
+        return dataclasses.replace(plan, inlined=False)
 
     def read_add(self, values: Sequence[Provenance]) -> Provenance:
         """Reads an addition: a bias if one term is a layer's output and the other a parameter."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from secondorder.layers import jaxprs
 from secondorder.layers.discovery import Discovery, Plan, Site
+from secondorder.sharding import reshard
 
 
 class Tape(NamedTuple):
@@ -46,7 +47,7 @@ def make_probe(site: Site) -> jax.Array:
     if not any(axis is not None for axis in spec):
         return probe
     spec = jax.sharding.PartitionSpec(*(None for _ in site.lengths), *spec)
-    return jax.sharding.reshard(probe, jax.sharding.NamedSharding(sharding.mesh, spec))
+    return reshard(probe, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def _evaluate_body(

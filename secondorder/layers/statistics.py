@@ -21,32 +21,38 @@ from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
 
 
-def _project(traced: TracedLayer, tape: Tape, rows: jax.Array) -> list[jax.Array]:
-    """Inner products of all homogeneous inputs with rows ``(stack, inputs, k)``, use by use."""
+def _project(traced: TracedLayer, tape: Tape, vectors: jax.Array) -> list[jax.Array]:
+    """Inner products of all homogeneous inputs with ``(stack, inputs)``: one array per use."""
     width = traced.layer.weight_view.shape[2]
-    products = []
-    for use in traced.uses:
-        product = use_forms.project(use, tape.operands[use.site], rows[:, :width])
-        products.append(product)
-    return products
+    rows, constant = vectors[:, :width, None], vectors[:, width:, None]
+    return [
+        use_forms.project(use, tape.operands[use.site], rows)
+        + (0.0 if traced.layer.bias is None else constant)
+        for use in traced.uses
+    ]
 
 
-def _sum_inputs(traced: TracedLayer, tape: Tape, width: int) -> jax.Array:
-    """Sum of the inputs over all positions, ``(stack, inputs without the homogeneous one)``."""
-
-    def total(rows: jax.Array) -> jax.Array:
-        return sum(
-            (jnp.sum(product) for product in _project(traced, tape, rows)), start=jnp.zeros(())
-        )
-
-    rows = jnp.zeros((traced.layer.stack, width, 1), input_dtype(traced, tape))
-    return jax.grad(total)(rows)[..., 0]
-
-
-def input_dtype(traced: TracedLayer, tape: Tape) -> jnp.dtype:
-    """The dtype of a layer's input statistics: float32, or float64 for float64 inputs."""
+def _any_vectors(traced: TracedLayer, tape: Tape) -> jax.Array:
+    """Vectors to linearize at: the projection is linear, so that any will do."""
     dtypes = [tape.cotangents[use.site].dtype for use in traced.uses]
-    return jnp.dtype(use_forms.curvature_dtype(jnp.result_type(*dtypes)))
+    dtype = use_forms.curvature_dtype(jnp.result_type(*dtypes))
+    return jnp.zeros((traced.layer.stack, traced.layer.inputs), dtype)
+
+
+def sum_inputs(traced: TracedLayer, tape: Tape) -> jax.Array:
+    r"""The sum of the inputs over examples and positions, :math:`\sum_{n,t} a_{nt}`.
+
+    Args:
+      traced: The layer and its uses.
+      tape: A probed pass.
+
+    Returns:
+      ``(stack, inputs)``; with a bias the last coordinate counts the positions.
+    """
+    products, pull_back = jax.vjp(
+        lambda vectors: _project(traced, tape, vectors), _any_vectors(traced, tape)
+    )
+    return pull_back([jnp.ones_like(product) for product in products])[0]
 
 
 def mean_input(traced: TracedLayer, tape: Tape) -> jax.Array:
@@ -57,13 +63,9 @@ def mean_input(traced: TracedLayer, tape: Tape) -> jax.Array:
       tape: A probed pass.
 
     Returns:
-      ``(stack, inputs)``; the homogeneous coordinate of a bias is exactly one.
+      ``(stack, inputs)``; the homogeneous coordinate of a bias is one.
     """
-    width = traced.layer.weight_view.shape[2]
-    mean = _sum_inputs(traced, tape, width) / traced.positions
-    if traced.layer.bias is None:
-        return mean
-    return jnp.concatenate([mean, jnp.ones_like(mean[:, :1])], axis=1)
+    return sum_inputs(traced, tape) / traced.positions
 
 
 def input_frequencies(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
@@ -77,7 +79,7 @@ def input_frequencies(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.A
     Returns:
       How often each row was looked up, per example: ``(stack, inputs)``.
     """
-    return mean_input(traced, tape) * (traced.positions / batch_size)
+    return sum_inputs(traced, tape) / batch_size
 
 
 def moment_product(
@@ -96,22 +98,8 @@ def moment_product(
     Returns:
       ``(stack, inputs)``.
     """
-    has_bias = traced.layer.bias is not None
-    width = traced.layer.weight_view.shape[2]
-    rows, constant = vectors[:, :width, None], vectors[:, width:]
-    sum_of_inputs = None
-
-    def products(rows: jax.Array) -> list[jax.Array]:
-        return _project(traced, tape, rows)
-
-    projected, pull_back = jax.vjp(products, rows)
-    weights = pull_back(projected)[0][..., 0]
-    if not has_bias:
-        return weights / batch_size
-    sum_of_inputs = _sum_inputs(traced, tape, width)
-    bias = jnp.sum(sum_of_inputs * rows[..., 0], axis=1, keepdims=True)
-    weights = weights + constant * sum_of_inputs
-    return jnp.concatenate([weights, bias + constant * traced.positions], axis=1) / batch_size
+    products, pull_back = jax.vjp(lambda v: _project(traced, tape, v), vectors)
+    return pull_back(products)[0] / batch_size
 
 
 def second_moment(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
@@ -125,33 +113,73 @@ def second_moment(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array
     Returns:
       ``(stack, inputs, inputs)``.
     """
-    moment = sum(
-        (_gram(use, tape.operands[use.site]) for use in traced.uses), start=jnp.zeros(())
-    )
-    if traced.layer.bias is not None:
-        width = moment.shape[-1]
-        column = _sum_inputs(traced, tape, width)[..., None].astype(moment.dtype)
-        corner = jnp.full_like(column[:, :1], traced.positions)
-        right = jnp.concatenate([column, corner], axis=1)
-        moment = jnp.concatenate([moment, jnp.swapaxes(column, 1, 2)], axis=1)
-        moment = jnp.concatenate([moment, right], axis=2)
-    return moment / batch_size
+    grams = []
+    for use in traced.uses:
+        inputs = use_forms.input_matrix(use, tape.operands[use.site])
+        if traced.layer.bias is not None:
+            inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
+        grams.append(_gram(inputs))
+    return sum(grams[1:], start=grams[0]) / batch_size
 
 
-def _gram(use: use_forms.Use, operand: jax.Array) -> jax.Array:
-    """Sum over positions of the outer products of one use's inputs."""
-    if use.kind == use_forms.CONV:
-        inputs = use_forms.patches(use, operand)
-        return jax.lax.dot_general(
-            inputs, inputs, (((1,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
-        )
-    # The adjoint of the projection on the identity; autodiff chooses the sharding of the result.
-    eye = jnp.broadcast_to(
-        jnp.eye(use.inputs, dtype=use_forms.curvature_dtype(operand.dtype)),
-        (use.stack, use.inputs, use.inputs),
-    )
-    del eye
-    inputs = use_forms.input_matrix(use, operand)
-    return jax.lax.dot_general(
-        inputs, inputs, (((1,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+def _gram(rows: jax.Array) -> jax.Array:
+    """Sum of the outer products of the rows of ``(stack, positions, inputs)``."""
+
+    def combine(coefficients: jax.Array) -> jax.Array:
+        return jnp.matmul(rows, coefficients, precision=jax.lax.Precision.HIGHEST)
+
+    # As an adjoint, so that the sharding of the sum over examples is autodiff's to choose.
+    stack, _, inputs = rows.shape
+    template = jax.ShapeDtypeStruct((stack, inputs, inputs), rows.dtype)
+    (gram,) = jax.linear_transpose(combine, template)(rows)
+    return gram
+
+
+def mean_cotangent(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
+    """The cotangent of the outputs, summed over examples and averaged over positions.
+
+    Args:
+      traced: The layer and its uses.
+      tape: A probed pass.
+      batch_size: Number of examples ``m``.
+
+    Returns:
+      ``(stack, outputs)``.
+    """
+    sums = [use_forms.sum_outputs(use, tape.cotangents[use.site]) for use in traced.uses]
+    return sum(sums[1:], start=sums[0]) * (batch_size / traced.positions)
+
+
+def mean_eigenvalues(
+    traced: TracedLayer, tape: Tape, batch_size: int
+) -> tuple[jax.Array, jax.Array]:
+    r"""Mean eigenvalues of the second moments of inputs and of per-example cotangents.
+
+    .. math::
+      \frac{1}{i\,m} \sum_{n,t} |a_{nt}|^2, \qquad
+      \frac{1}{o\,mT} \sum_{n,t} |m\, \partial f / \partial h_{nt}|^2
+
+    Args:
+      traced: The layer and its uses.
+      tape: A probed pass of an objective that is a mean over examples.
+      batch_size: Number of examples ``m``.
+
+    Returns:
+      Two arrays of shape ``(stack,)``.
+    """
+    layer = traced.layer
+    squares = [
+        jnp.sum(use_forms.input_matrix(use, tape.operands[use.site]) ** 2, axis=(1, 2))
+        for use in traced.uses
+    ]
+    inputs = sum(squares[1:], start=squares[0])
+    if layer.bias is not None:
+        inputs = inputs + traced.positions
+    cotangents = [
+        use_forms.sum_squared_outputs(use, tape.cotangents[use.site]) for use in traced.uses
+    ]
+    outputs = sum(cotangents[1:], start=cotangents[0]) * batch_size**2
+    return (
+        inputs / (batch_size * layer.inputs),
+        outputs / (traced.positions * layer.outputs),
     )

@@ -172,7 +172,8 @@ def _project_conv(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
             precision=jax.lax.Precision.HIGHEST,
         )
 
-    return _vmap(convolve, len(stack))(lhs, kernel)
+    product = _vmap(convolve, len(stack))(lhs, kernel)  # (stack..., batch, groups * k, spatial...)
+    return jnp.moveaxis(product, len(stack), len(stack) + 1)
 
 
 def _project_embedding(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
@@ -182,7 +183,7 @@ def _project_embedding(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Arr
     rows = jnp.reshape(rows, (*stack, *rows.shape[1:]))
 
     def look_up(indices: jax.Array, rows: jax.Array) -> jax.Array:
-        return rows.at[indices].get(mode="fill", fill_value=0)
+        return jnp.moveaxis(rows.at[indices].get(mode="fill", fill_value=0), -1, 0)
 
     return _vmap(look_up, len(stack))(indices, rows)
 
@@ -195,11 +196,11 @@ def _project_dense(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     )
     batch = tuple(range(stack))
     contract = (
-        tuple(range(array.ndim - features, array.ndim)),
         tuple(range(stack, stack + features)),
+        tuple(range(array.ndim - features, array.ndim)),
     )
     return jax.lax.dot_general(
-        array, rows, (contract, (batch, batch)), precision=jax.lax.Precision.HIGHEST
+        rows, array, (contract, (batch, batch)), precision=jax.lax.Precision.HIGHEST
     )
 
 
@@ -211,8 +212,8 @@ def project(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
 
     .. math:: u_{t k} = a_t^\top v_k
 
-    Its adjoint in ``rows`` sums inputs over positions, which is all that means, second moments
-    and their products with vectors need; no kind of layer has to say these again.
+    Its adjoint in ``rows`` sums inputs over positions, which is all that means and products with
+    second moments need; no kind of layer has to say these again.
 
     Args:
       use: The use.
@@ -220,12 +221,13 @@ def project(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
       rows: The vectors, ``(stack, inputs, k)``.
 
     Returns:
-      The products, in an order of axes that only this function's adjoint needs to know.
+      ``(stack, k, positions)``.
     """
     if use.kind != EMBEDDING:
         dtype = jnp.promote_types(curvature_dtype(operand.dtype), rows.dtype)
         operand, rows = operand.astype(dtype), rows.astype(dtype)
-    return _PROJECT[use.kind](use, operand, rows)
+    product = _PROJECT[use.kind](use, operand, rows)
+    return jnp.reshape(product, (use.stack, rows.shape[2], use.positions))
 
 
 def patches(use: Use, operand: jax.Array) -> jax.Array:
