@@ -34,9 +34,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``."""
-    parser.add_argument(
-        "--json", metavar="FILE", help="append JSON records, one per line; - prints them"
-    )
+    parser.add_argument("--json", metavar="FILE", help="append JSON records to it, one per line")
 
 
 def load_data(problem: Problem, args: argparse.Namespace) -> Splits:

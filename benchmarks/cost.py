@@ -21,10 +21,10 @@ from benchmarks.contestants import (
     steps_per_timing,
 )
 from benchmarks.display import console, print_table, progress_bar
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Method
 from benchmarks.problems import PROBLEMS, Batch
 from benchmarks.records import Record, open_writer, versions
-from benchmarks.settings import SettingError, parse_settings, parse_variant
+from benchmarks.settings import SettingError, Settings, parse_settings, parse_variant
 from benchmarks.steps import CompiledStep
 
 # Long enough that neither the clock nor the dispatch of a step counts.
@@ -57,13 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.repeats < 1:
-        raise SettingError("--repeats must be at least 1.")
+    if args.repeats < 1 or (args.batch_size is not None and args.batch_size < 1):
+        raise SettingError("--repeats and --batch-size must be at least 1.")
     # A cache on disk would make the compile times those of reading it.
     jax.config.update("jax_enable_compilation_cache", False)  # type: ignore[no-untyped-call]
+    variants = [_variant(args, text) for text in args.methods.split(",")]
     setup = _setup(args)
-    gradient, adam = GradientContestant(setup), _contestant(setup, "adam", [])
-    methods = [_contestant(setup, text, args.settings) for text in args.methods.split(",")]
+    gradient = GradientContestant(setup)
+    adam = MethodContestant(setup, METHODS["adam"], {}, label="adam")
+    methods = [MethodContestant(setup, *variant) for variant in variants]
     contestants: list[Contestant] = [gradient, adam, *methods]
     compiled = _compile_all(contestants)
     seconds = _time_all(contestants, args.repeats)
@@ -88,11 +90,14 @@ def _setup(args: argparse.Namespace) -> Setup:
     )
 
 
-def _contestant(setup: Setup, text: str, common: Sequence[str]) -> MethodContestant:
+def _variant(args: argparse.Namespace, text: str) -> tuple[Method, Settings, str]:
+    """Method, overrides and label of one of ``--methods``, checked before the data is read."""
     name, own = parse_variant(text)
     if name not in METHODS:
         raise SettingError(f"There is no method {name!r}; there are: {', '.join(METHODS)}.")
-    return MethodContestant(setup, METHODS[name], {**parse_settings(common), **own}, label=text)
+    overrides = {**parse_settings(args.settings), **own}
+    METHODS[name].settings(PROBLEMS[args.problem], overrides)
+    return METHODS[name], overrides, text
 
 
 def _compile_all(contestants: Sequence[Contestant]) -> list[list[CompiledStep]]:

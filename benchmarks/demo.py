@@ -13,19 +13,19 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.data import DataOptions, Splits
-from benchmarks.display import console, print_table, progress_bar, watch
+from benchmarks.display import LOSS_COLUMNS, console, loss_cells, print_table, progress_bar, watch
 from benchmarks.methods import METHODS, Method
 from benchmarks.plotting import Curve, Panel, save_comparison
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.training import EpochRecord, Run, RunOptions
 
 # Epochs by problem: enough for the methods to part, seconds for each run.
-_EPOCHS = {"digits-autoencoder": 60, "digits-cnn": 30}
+_EPOCHS = {"digits-autoencoder": 150, "digits-cnn": 30}
 # Methods that are shown beside those of this package.
 _PEERS = ("adam", "sgd")
 # Training time of all runs together; compiling takes about as long again.
 _TOTAL_SECONDS = 75.0
-_TABLE = ("problem", "method", "train loss", "test loss", "accuracy", "seconds", "step / Adam")
+_COLUMNS = ("problem", "method", *LOSS_COLUMNS, "seconds", "step / Adam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,7 @@ def _print_results(results: list[Result]) -> None:
     rows = []
     for result in results:
         last = result.records[-1]
-        accuracy = None if last.test_accuracy is None else f"{last.test_accuracy:.2%}"
-        cost = result.step_seconds() / adam[result.problem.name]
-        losses = ("diverged", None) if last.diverged else (last.train_loss, last.test_loss)
         name = result.problem.name
-        rows.append((name, result.method.name, *losses, accuracy, last.seconds, cost))
-    print_table("Handwritten digits", _TABLE, rows)
+        cost = result.step_seconds() / adam[name]
+        rows.append((name, result.method.name, *loss_cells(last), last.seconds, cost))
+    print_table("Handwritten digits", _COLUMNS, rows)

@@ -1,11 +1,10 @@
-"""What a person sees: progress bars and tables, on standard error.
+"""What a person sees: progress bars and tables."""
 
-Standard output is left to records, so that ``--json -`` can be piped.
-"""
-
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,7 +18,12 @@ from rich.table import Table
 
 from benchmarks.training import EpochRecord, Run
 
-console = Console(stderr=True)
+console = Console()
+
+# Drawing a bar is not training: it must not be asked for at every step of a small network.
+_SECONDS_BETWEEN_UPDATES = 0.1
+
+LOSS_COLUMNS = ("train loss", "test loss", "accuracy")
 
 
 def progress_bar() -> Progress:
@@ -50,8 +54,13 @@ def watch(run: Run, progress: Progress, title: str) -> Iterator[EpochRecord]:
     total = None if options.epochs is None else options.epochs * run.steps_per_epoch
     task = progress.add_task(title, total=total, status="")
 
+    last_update = time.perf_counter()
+
     def on_step(step: int, loss: float) -> None:
-        progress.update(task, completed=step, status=f"batch loss {loss:.5g}")
+        nonlocal last_update
+        if time.perf_counter() - last_update > _SECONDS_BETWEEN_UPDATES:
+            last_update = time.perf_counter()
+            progress.update(task, completed=step, status=f"batch loss {loss:.5g}")
 
     for record in run.epochs(on_step):
         progress.update(task, completed=record.step, status=f"train loss {record.train_loss:.5g}")
@@ -67,11 +76,21 @@ def describe(record: EpochRecord) -> str:
     return ", ".join(parts)
 
 
+def loss_cells(record: EpochRecord) -> tuple[Any, Any, Any]:
+    """What stands under `LOSS_COLUMNS` in a table."""
+    if record.diverged:
+        return "diverged", None, None
+    accuracy = None if record.test_accuracy is None else f"{record.test_accuracy:.2%}"
+    return record.train_loss, record.test_loss, accuracy
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table; floats are rounded to four significant digits, None is a dash."""
-    table = Table(title=title)
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        is_name = number == 0
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*map(_cell, row))
     console.print(table)

@@ -35,6 +35,7 @@ class Evaluator:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._sums = jax.jit(functools.partial(_sums, problem), static_argnames="size")
+        self._penalty = jax.jit(problem.penalty)
 
     def __call__(self, params: Params, data: Batch) -> Metrics:
         """Evaluates on all samples.
@@ -53,7 +54,7 @@ class Evaluator:
         ]
         loss, correct = (float(sum(column)) for column in zip(*chunks, strict=True))
         accuracy = correct / samples if self._problem.is_classifier else None
-        return Metrics(loss / samples + float(self._problem.penalty(params)), accuracy)
+        return Metrics(loss / samples + float(self._penalty(params)), accuracy)
 
 
 def _sums(

@@ -159,6 +159,10 @@ _ALL = (
         by_problem={
             "faces-autoencoder": {"learning_rate": 0.01},
             "curves-autoencoder": {"learning_rate": 0.1},
+            "digits-autoencoder": {"learning_rate": 0.3},
+            "digits-cnn": {"learning_rate": 1.0},
+            "mnist-lenet5": {"learning_rate": 0.3},
+            "fashion-lenet5": {"learning_rate": 0.3},
         },
     ),
     Method(
@@ -171,6 +175,8 @@ _ALL = (
             "mnist-autoencoder": {"learning_rate": 1e-4, "eps": 1e-4},
             "faces-autoencoder": {"learning_rate": 1e-4, "eps": 1e-4},
             "curves-autoencoder": {"learning_rate": 1e-3, "eps": 1e-3},
+            "digits-autoencoder": {"learning_rate": 1e-2, "eps": 1e-4},
+            "digits-cnn": {"learning_rate": 1e-2},
         },
     ),
     Method(

@@ -35,15 +35,13 @@ def open_writer(path: str | None) -> Iterator[Writer]:
     """A function that appends records to a file, one JSON object per line.
 
     Args:
-        path: The file; ``-`` for standard output; None drops the records.
+        path: The file; None drops the records.
 
     Yields:
         The function. Each record is flushed, so that an interrupted run keeps what it had.
     """
     if path is None:
         yield lambda record: None
-    elif path == "-":
-        yield lambda record: print(to_json(record), flush=True)
     else:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:

@@ -55,7 +55,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.epochs is None and self.seconds is None:
             raise SettingError("A run needs a number of epochs or of seconds.")
-        if min(self.epochs or 1, self.batch_size or 1) < 1 or (self.seconds or 1) <= 0:
+        limits = (self.epochs, self.seconds, self.batch_size)
+        if any(limit is not None and limit <= 0 for limit in limits):
             raise SettingError("Epochs, seconds and batch size must be positive.")
 
     @property

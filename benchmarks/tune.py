@@ -4,7 +4,7 @@ import argparse
 import math
 
 from benchmarks.arguments import add_json, add_problem, add_settings, load_data
-from benchmarks.display import describe, print_table, progress_bar, watch
+from benchmarks.display import LOSS_COLUMNS, loss_cells, print_table, progress_bar, watch
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.records import Record, open_writer, versions
@@ -74,11 +74,8 @@ def _record(training: Run, last: EpochRecord) -> Record:
 def _print_results(title: str, results: list[tuple[Settings, EpochRecord]]) -> None:
     """Prints the runs, best final training loss first and diverged ones last."""
     ranked = sorted(results, key=lambda item: _rank(item[1]))
-    rows = [
-        (_label(point), last.epoch, "diverged" if last.diverged else describe(last), last.seconds)
-        for point, last in ranked
-    ]
-    print_table(title, ("settings", "epoch", "losses", "seconds"), rows)
+    rows = [(_label(point), last.epoch, *loss_cells(last), last.seconds) for point, last in ranked]
+    print_table(title, ("settings", "epoch", *LOSS_COLUMNS, "seconds"), rows)
 
 
 def _rank(last: EpochRecord) -> float:

@@ -163,8 +163,8 @@ def _crop_part(
     rng: np.random.Generator, faces: NDArray[np.float32], count: int, recipe: FacesRecipe
 ) -> ByteArray:
     faces = faces.reshape(-1, *faces.shape[2:])
-    # Every face equally often (up to one), in random order.
-    sources = rng.permutation(np.arange(count) % len(faces))
+    # Every face equally often (up to one), in random order; few patches are of random faces.
+    sources = rng.permutation(np.resize(rng.permutation(len(faces)), count))
     return _in_chunks(sources, 5_000, lambda chunk: _crop(rng, faces, chunk, recipe))
 
 
