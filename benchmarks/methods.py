@@ -6,6 +6,7 @@ A method is one entry of `METHODS`. Its settings are the arguments of its factor
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,8 @@ class Method:
         description: One line.
         factory: Returns the function that makes the transform. It is called only when the
             method is used, so that entries may precede the methods that they name.
+        forwards_to: Returns the function that the factory's ``**`` arguments are passed on to, so
+            that they are settings too; None where it has no such arguments.
         defaults: Settings for every problem, over the factory's own defaults.
         by_problem: Settings for one problem, over ``defaults``.
         is_second_order: Whether the demo shows it as a method of this package.
@@ -52,6 +55,7 @@ class Method:
     name: str
     description: str
     factory: Callable[[], Factory]
+    forwards_to: Callable[[], Factory] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     by_problem: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     is_second_order: bool = False
@@ -107,9 +111,15 @@ class Method:
             raise SettingError(f"{self.name}: {error}") from error
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        parameters = dict(inspect.signature(self.factory()).parameters)
-        parameters.pop("layers", None)
-        return parameters
+        functions = [self.factory()]
+        if self.forwards_to is not None:
+            functions.append(self.forwards_to())
+        parameters = [inspect.signature(function).parameters.values() for function in functions]
+        return {
+            parameter.name: parameter
+            for parameter in itertools.chain(*parameters)
+            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "layers"
+        }
 
 
 def sgd(
@@ -183,6 +193,7 @@ _ALL = (
         name="kbfgs",
         description="K-BFGS (Goldfarb, Ren, Bahamou 2020)",
         factory=lambda: _of_package("kbfgs"),
+        forwards_to=lambda: _of_package("scale_by_kbfgs"),
         defaults={"learning_rate": 0.3, "damping": 0.3},
         is_second_order=True,
         needs_layers=True,
@@ -191,6 +202,7 @@ _ALL = (
         name="kbfgs-l",
         description="K-BFGS(L): limited-memory output factor",
         factory=lambda: _of_package("kbfgs"),
+        forwards_to=lambda: _of_package("scale_by_kbfgs"),
         defaults={"learning_rate": 0.3, "damping": 0.3, "memory_size": 100},
         is_second_order=True,
         needs_layers=True,

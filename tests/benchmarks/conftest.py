@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 from data_files import write_faces, write_idx
 
@@ -15,7 +16,7 @@ def _isolated(request, tmp_path, monkeypatch):
     """No test sees the user's data folder (unless marked) or writes into the user's cache."""
     if "data" not in request.keywords:
         monkeypatch.delenv("SECONDORDER_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
 
 
 @pytest.fixture

@@ -92,6 +92,18 @@ def test_period_is_update_every():
         method.settings(PROBLEM, {"layers": 1})
 
 
+def test_arguments_that_are_passed_on_are_settings():
+    def factory(learning_rate, layers, weight_decay=0.0, **settings): ...
+
+    def inner(layers, *, update_every=3): ...
+
+    method = Method("m", "", factory=lambda: factory, forwards_to=lambda: inner)
+    assert method.period({}) == 3
+    assert method.settings(PROBLEM, {"update_every": 5})["update_every"] == 5
+    with pytest.raises(SettingError, match=r"learning_rate, update_every, weight_decay\."):
+        method.settings(PROBLEM, {"settings": 1})
+
+
 def test_wrong_value_is_reported_with_the_method():
     def factory(weight_decay):
         raise ValueError("weight_decay must not be negative")
