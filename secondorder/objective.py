@@ -204,6 +204,9 @@ def value_and_grad(value_fn: Callable[[Params], Any], params: Params) -> tuple[j
 def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether every element of every array of a pytree is finite.
 
+    Judged by the sum of each array, which costs and compiles to much less than a test of each
+    element. Arrays whose sum overflows count as not finite.
+
     Args:
       tree: A pytree of arrays of any shapes.
 
@@ -216,5 +219,5 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
       >>> bool(all_finite({"a": jnp.ones(2), "b": jnp.array(jnp.nan)}))
       False
     """
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+    sums = [jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]
+    return jnp.isfinite(jnp.sum(jnp.stack(sums))) if sums else jnp.asarray(True)

@@ -11,22 +11,31 @@ it was.
 * `damping`: the shares of the two factors of a layer in its damping.
 """
 
-from secondorder.factors.bfgs import hessian_action_pair, inverse_bfgs_update, symmetrize
+from secondorder.factors.bfgs import (
+    Change,
+    apply_change,
+    bfgs_change,
+    inverse_bfgs_update,
+)
 from secondorder.factors.damping import DampingSplit, split_damping
 from secondorder.factors.lbfgs import (
+    Bookkeeping,
     InverseMemory,
+    extend_triangle,
     init_memory,
     inverse_matrix,
     inverse_product,
     push_pair,
+    write_pair,
 )
-from secondorder.factors.moments import append_one, damped_inverse, ema, second_moment
+from secondorder.factors.moments import damped_inverse, damped_inverses, ema
 from secondorder.factors.pairs import (
+    InnerProduct,
     Pair,
     PairDamping,
     accept_pair,
-    curvature_ratio_ok,
     damp_pair,
+    gram_product,
     identity_damping,
     levenberg_marquardt_damping,
     normalize_pair,
@@ -34,17 +43,22 @@ from secondorder.factors.pairs import (
 )
 
 __all__ = [
+    "Bookkeeping",
+    "Change",
     "DampingSplit",
+    "InnerProduct",
     "InverseMemory",
     "Pair",
     "PairDamping",
     "accept_pair",
-    "append_one",
-    "curvature_ratio_ok",
+    "apply_change",
+    "bfgs_change",
     "damp_pair",
     "damped_inverse",
+    "damped_inverses",
     "ema",
-    "hessian_action_pair",
+    "extend_triangle",
+    "gram_product",
     "identity_damping",
     "init_memory",
     "inverse_bfgs_update",
@@ -54,7 +68,6 @@ __all__ = [
     "normalize_pair",
     "powell_damping",
     "push_pair",
-    "second_moment",
     "split_damping",
-    "symmetrize",
+    "write_pair",
 ]

@@ -4,15 +4,16 @@ The inverse ``H`` of one Kronecker factor is a symmetric positive definite matri
 inverted: each curvature pair ``(s, y)`` changes it by a matrix of rank two so that ``H y = s``.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from secondorder.factors.pairs import Pair, normalize_pair
-from secondorder.factors.products import inner, matmul
+from secondorder.factors.pairs import InnerProduct, Pair, normalize_pair
+from secondorder.factors.products import inner as dot
+from secondorder.factors.products import matmul
 
 
 def inverse_bfgs_update(h: jax.Array, pair: Pair, accept: ArrayLike = True) -> jax.Array:
@@ -49,71 +50,68 @@ def inverse_bfgs_update(h: jax.Array, pair: Pair, accept: ArrayLike = True) -> j
     scaling follows the authors' later code.
     """
     pair = Pair(pair.s.astype(h.dtype), pair.y.astype(h.dtype))
-    s, y = normalize_pair(pair, accept)
-    hy = matmul(h, y)
-    grow, drop = _difference_of_squares(s, (1 + inner(y, hy)) / 2 * s - hy)
-    # The entries of a positive semidefinite matrix are bounded by its largest diagonal entry.
-    bound = jnp.max(jnp.diagonal(h)) + jnp.max(jnp.square(grow)) + jnp.max(jnp.square(drop))
-    in_range = bound < np.finfo(h.dtype).max / 4  # false for NaN
-    grow, drop = jnp.where(in_range, grow, 0), jnp.where(in_range, drop, 0)
+    pair = normalize_pair(pair, accept)
+    return apply_change(h, bfgs_change(pair, matmul(h, pair.y)))
+
+
+class Change(NamedTuple):
+    """A change of rank two, ``grow growᵀ - drop dropᵀ``, with vectors (n,)."""
+
+    grow: jax.Array
+    drop: jax.Array
+
+
+def bfgs_change(pair: Pair, hy: jax.Array, inner: InnerProduct = dot) -> Change:
+    """Returns the change of ``H`` by a pair, without touching ``H``.
+
+    Args:
+      pair: pair with ``sᵀy = 1`` from `normalize_pair`, vectors (n,); the zero pair changes nothing.
+      hy: ``H y`` (n,).
+      inner: inner product of the vectors.
+
+    Returns:
+      The change; zero where anything is non-finite or the result could overflow.
+
+    Example:
+      >>> change = bfgs_change(Pair(jnp.array([2.0]), jnp.array([0.5])), jnp.array([0.5]))
+      >>> float(apply_change(jnp.eye(1), change)[0, 0])  # now H y = s
+      4.0
+    """
+    s = pair.s
+    grow, drop = _difference_of_squares(s, (1 + inner(pair.y, hy)) / 2 * s - hy, inner)
+    # Far below the largest number, so that no sum of accepted changes gets there either.
+    in_range = inner(grow, grow) + inner(drop, drop) < np.sqrt(np.finfo(s.dtype).max)
+    return Change(jnp.where(in_range, grow, 0), jnp.where(in_range, drop, 0))
+
+
+def apply_change(h: jax.Array, change: Change) -> jax.Array:
+    """Returns ``h + grow growᵀ - drop dropᵀ`` in one elementwise pass.
+
+    Args:
+      h: inverse factor (n, n).
+      change: the change.
+
+    Returns:
+      Matrix (n, n), exactly symmetric if ``h`` is, and ``h`` bit for bit if the change is zero.
+
+    Example:
+      >>> apply_change(jnp.eye(1), Change(jnp.array([2.0]), jnp.array([1.0]))).tolist()
+      [[4.0]]
+    """
+    grow, drop = change
     # In this order a zero change keeps even the sign of a zero in h.
     return h - (drop[:, None] * drop - grow[:, None] * grow)
 
 
-def hessian_action_pair(
-    h: jax.Array, mean_input: jax.Array, moment_product: Callable[[jax.Array], jax.Array]
-) -> Pair:
-    """Makes the pair of a factor whose curvature ``A`` is known: a step and ``A`` applied to it.
-
-    ``s = H ā`` and ``y = (A + λI) s``. Then ``sᵀy ≥ λ‖s‖² > 0``, so the pair needs no damping; if
-    ``H`` is already ``(A + λI)⁻¹``, the update with it changes nothing.
-
-    Args:
-      h: inverse factor (n, n).
-      mean_input: mean input ``ā`` (n,) of the layer.
-      moment_product: ``v ↦ (A + λI) v`` on vectors (n,). ``A`` itself is not needed: with the
-        inputs as rows of ``a`` it can be ``aᵀ(a v) / m + λ v``.
-
-    Returns:
-      The pair.
-
-    Example:
-      >>> h, mean_input = jnp.eye(2) / 4, jnp.array([1.0, 2.0])
-      >>> s, y = hessian_action_pair(h, mean_input, lambda v: 4.0 * v)
-      >>> s.tolist(), y.tolist()
-      ([0.25, 0.5], [1.0, 2.0])
-
-    Source: Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877, "Hessian-action BFGS"; with the moment
-    of one minibatch, Ren, Bahamou, Goldfarb (2021), arXiv 2102.06737.
-    """
-    s = matmul(h, mean_input)
-    return Pair(s, moment_product(s))
-
-
-def symmetrize(matrix: jax.Array) -> jax.Array:
-    """Returns the symmetric part ``(M + Mᵀ) / 2``, exactly symmetric.
-
-    Args:
-      matrix: square matrix (n, n).
-
-    Returns:
-      Matrix (n, n).
-
-    Example:
-      >>> symmetrize(jnp.array([[1.0, 2.0], [4.0, 3.0]])).tolist()
-      [[1.0, 3.0], [3.0, 3.0]]
-    """
-    return matrix / 2 + matrix.T / 2
-
-
-def _difference_of_squares(u: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _difference_of_squares(u: jax.Array, w: jax.Array, inner: InnerProduct) -> Change:
     """Returns ``g, d`` with ``u wᵀ + w uᵀ = g gᵀ - d dᵀ``, balanced so that neither is too large.
 
     With ``t² = ‖w‖ / ‖u‖``: ``g = (t u + w / t) / √2`` and ``d = (t u - w / t) / √2``.
     """
-    size_u, size_w = jnp.max(jnp.abs(u)), jnp.max(jnp.abs(w))
+    size_u, size_w = inner(u, u), inner(w, w)
     usable = (size_u > 0) & (size_w > 0)
-    t = jnp.sqrt(jnp.where(usable, size_w, 1)) / jnp.sqrt(jnp.where(usable, size_u, 1))
+    ratio = jnp.where(usable, size_w, 1) / jnp.where(usable, size_u, 1)
+    t = jnp.sqrt(jnp.sqrt(ratio))
     first, second = t * u * jnp.sqrt(0.5), w / t * jnp.sqrt(0.5)
     # Where one of the two is zero so is the sum; first or second alone would then cancel exactly.
-    return first + second, first - second
+    return Change(first + second, first - second)

@@ -99,22 +99,79 @@ def push_pair(memory: InverseMemory, pair: Pair, accept: ArrayLike = True) -> In
     Source: Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877, K-BFGS(L).
     """
     pair = Pair(pair.s.astype(memory.s.dtype), pair.y.astype(memory.y.dtype))
-    s, y = normalize_pair(pair, accept)
-    slots = jnp.arange(len(memory.s))
-    oldest = slots == memory.accepted % len(memory.s)
-    unit = oldest.astype(s.dtype)
-    kept = jnp.where(oldest[:, None] | oldest, 0, memory.triangle_inverse)
-    column = unit - matmul(kept, matmul(memory.s, y))
-    magnitude = inner(s, s) + inner(y, y) + jnp.sum(jnp.abs(column))
-    use = jnp.any(s != 0) & jnp.isfinite(magnitude)  # a rejected pair has become zero
-    triangle_inverse = jnp.where(oldest, column[:, None], kept)
-    row = (oldest & use)[:, None]
-    return InverseMemory(
-        s=jnp.where(row, s, memory.s),
-        y=jnp.where(row, y, memory.y),
-        triangle_inverse=jnp.where(use, triangle_inverse, memory.triangle_inverse),
-        accepted=memory.accepted + use.astype(memory.accepted.dtype),
+    pair = normalize_pair(pair, accept)
+    usable = jnp.isfinite(inner(pair.s, pair.s) + inner(pair.y, pair.y)) & jnp.any(pair.s != 0)
+    bookkeeping = Bookkeeping(memory.triangle_inverse, memory.accepted)
+    bookkeeping, slot = extend_triangle(bookkeeping, matmul(memory.s, pair.y), usable)
+    return InverseMemory(*write_pair(memory, pair, slot), *bookkeeping)
+
+
+class Bookkeeping(NamedTuple):
+    """The part of a memory whose size does not depend on that of the factor.
+
+    Attributes:
+      triangle_inverse: ``R⁻¹`` (p, p).
+      accepted: number of pairs accepted so far.
+    """
+
+    triangle_inverse: jax.Array
+    accepted: jax.Array
+
+
+def extend_triangle(
+    bookkeeping: Bookkeeping, projections: jax.Array, accept: ArrayLike
+) -> tuple[Bookkeeping, jax.Array]:
+    """Appends a pair to the triangle of a memory, without touching the stored vectors.
+
+    Args:
+      bookkeeping: the bookkeeping of a memory of ``p`` pairs.
+      projections: ``S y`` (p,) for a pair with ``sᵀy = 1``.
+      accept: boolean scalar; if false nothing changes.
+
+    Returns:
+      The new bookkeeping, and the slot (p,) for the pair as a mask, empty if it is not used.
+
+    Example:
+      >>> memory = init_memory(memory_size=2, n=1)
+      >>> before = Bookkeeping(memory.triangle_inverse, memory.accepted)
+      >>> after, slot = extend_triangle(before, memory.s @ jnp.array([0.5]), True)
+      >>> int(after.accepted), slot.tolist()
+      (1, [True, False])
+    """
+    slots = jnp.arange(len(projections))
+    oldest = slots == bookkeeping.accepted % len(projections)
+    kept = jnp.where(oldest[:, None] | oldest, 0, bookkeeping.triangle_inverse)
+    column = oldest.astype(kept.dtype) - matmul(kept, jnp.where(oldest, 0, projections))
+    use = jnp.asarray(accept) & jnp.isfinite(jnp.sum(jnp.abs(column)))
+    extended = jnp.where(oldest, column[:, None], kept)
+    return (
+        Bookkeeping(
+            jnp.where(use, extended, bookkeeping.triangle_inverse),
+            bookkeeping.accepted + use.astype(bookkeeping.accepted.dtype),
+        ),
+        oldest & use,
     )
+
+
+def write_pair(memory: InverseMemory, pair: Pair, slot: jax.Array) -> Pair:
+    """Returns the stored vectors of a memory with a pair in a slot.
+
+    Args:
+      memory: memory of ``p`` pairs.
+      pair: pair with ``sᵀy = 1``, vectors (n,).
+      slot: mask (p,) from `extend_triangle`.
+
+    Returns:
+      ``S`` and ``Y`` (p, n).
+
+    Example:
+      >>> memory = init_memory(memory_size=2, n=1)
+      >>> pair = Pair(jnp.array([2.0]), jnp.array([0.5]))
+      >>> write_pair(memory, pair, jnp.array([False, True])).s.tolist()
+      [[0.0], [2.0]]
+    """
+    row = slot[:, None]
+    return Pair(jnp.where(row, pair.s, memory.s), jnp.where(row, pair.y, memory.y))
 
 
 def inverse_product(memory: InverseMemory, v: jax.Array) -> jax.Array:

@@ -1,56 +1,16 @@
-"""Second moments of layer inputs, their running averages and damped inverses."""
+"""Running averages of second moments, and their damped inverses."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from secondorder.factors.bfgs import symmetrize
 from secondorder.factors.products import matmul
 
 Tree = TypeVar("Tree")
-
-
-def second_moment(inputs: jax.Array, batch_size: ArrayLike) -> jax.Array:
-    """Returns ``A = (1/m) Σ a aᵀ``, the sum over all rows and the mean over examples.
-
-    A layer used at several positions (a convolution, a sequence) has more rows than examples: the
-    sum over its positions is meant.
-
-    Args:
-      inputs: layer inputs ``a`` as rows (C, i), ``C`` examples times positions, any float dtype.
-      batch_size: number of examples ``m``, positive.
-
-    Returns:
-      Matrix (i, i), float32 or wider.
-
-    Example:
-      >>> second_moment(jnp.array([[1.0, 0.0], [1.0, 2.0]]), batch_size=2).tolist()
-      [[1.0, 1.0], [1.0, 2.0]]
-
-    Source: Ren, Bahamou, Goldfarb (2021), arXiv 2102.06737; one position per example is the dense
-    case of Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877.
-    """
-    rows = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
-    return jnp.divide(matmul(rows.T, rows), batch_size)
-
-
-def append_one(inputs: jax.Array) -> jax.Array:
-    """Appends the homogeneous coordinate 1 that carries a bias.
-
-    Args:
-      inputs: layer inputs (..., i).
-
-    Returns:
-      Array (..., i + 1) of the same dtype.
-
-    Example:
-      >>> append_one(jnp.array([[2.0, 3.0]])).tolist()
-      [[2.0, 3.0, 1.0]]
-    """
-    return jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
 
 
 def damped_inverse(matrix: jax.Array, damping: ArrayLike) -> jax.Array:
@@ -61,14 +21,56 @@ def damped_inverse(matrix: jax.Array, damping: ArrayLike) -> jax.Array:
       damping: ``λ``, positive.
 
     Returns:
-      Matrix (n, n), exactly symmetric; NaN if ``M + λI`` is not positive definite to rounding.
+      Matrix (n, n), symmetric to rounding; NaN if ``M + λI`` is not positive definite to rounding.
 
     Example:
       >>> damped_inverse(jnp.diag(jnp.array([3.0, 15.0])), damping=1.0).tolist()
       [[0.25, 0.0], [0.0, 0.0625]]
     """
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    return symmetrize(cho_solve(cho_factor(matrix + damping * identity), identity))
+    root = jnp.linalg.cholesky(matrix + damping * identity, symmetrize_input=False)
+    inverse_root = solve_triangular(root, identity, lower=True)
+    return matmul(inverse_root.T, inverse_root)
+
+
+def damped_inverses(
+    matrices: Sequence[jax.Array], dampings: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Returns ``(M + λI)⁻¹`` for stacks of matrices of different sizes.
+
+    The matrices are padded to the largest and inverted as one batch: one factorization to compile
+    instead of one for each size.
+
+    Args:
+      matrices: stacks (S, n, n) of symmetric positive semidefinite matrices; ``n`` may differ.
+      dampings: ``λ`` for each matrix of each stack, (S,), positive.
+
+    Returns:
+      Stacks like ``matrices``; the identity in place of an inverse that is not finite.
+
+    Example:
+      >>> small, large = damped_inverses(
+      ...     [jnp.ones((1, 1, 1)), 3 * jnp.eye(2)[None]], [jnp.ones(1), jnp.ones(1)])
+      >>> small.tolist(), large.tolist()
+      ([[[0.5]]], [[[0.25, 0.0], [0.0, 0.25]]])
+    """
+    width = max(matrix.shape[-1] for matrix in matrices)
+
+    def padded(matrix: jax.Array) -> jax.Array:
+        margin = (0, width - matrix.shape[-1])
+        return jnp.pad(matrix, ((0, 0), margin, margin))
+
+    inverses = jax.vmap(damped_inverse)(
+        jnp.concatenate([padded(matrix) for matrix in matrices]),
+        jnp.concatenate(list(dampings)).astype(matrices[0].dtype),
+    )
+    finite = jnp.isfinite(jnp.sum(inverses, axis=(1, 2), keepdims=True))
+    inverses = jnp.where(finite, inverses, jnp.eye(width, dtype=inverses.dtype))
+    result, start = [], 0
+    for stack, size, _ in (matrix.shape for matrix in matrices):
+        result.append(inverses[start : start + stack, :size, :size])
+        start += stack
+    return result
 
 
 def ema(old: Tree, new: Tree, decay: ArrayLike) -> Tree:

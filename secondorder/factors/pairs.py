@@ -1,13 +1,8 @@
-"""Curvature pairs: damping, acceptance and normalisation.
+"""Curvature pairs: damping, acceptance, scaling.
 
-A pair ``(s, y)`` says that the curvature along ``s`` is ``y ≈ B s``. A quasi-Newton update with it
-keeps the inverse ``H`` positive definite only if ``sᵀy > 0``, and keeps it bounded only if
-``sᵀs / sᵀy`` and ``yᵀHy / sᵀy`` are bounded. For a network neither holds by itself; damping
-changes the pair until both do.
-
-Everything here is invariant to a common factor of ``s`` and ``y``: pairs may be averages that
-started from zero, and need no bias correction. Pairs of a converging run get very small, so inner
-products are taken of rescaled vectors and cannot underflow.
+Every rule needs inner products only. A pair may therefore be given by its vectors, or by its
+coefficients with respect to some vectors whose Gram matrix is known: then ``inner`` is
+`gram_product`, and the rules for many pairs of different lengths are a few small operations.
 """
 
 from collections.abc import Callable
@@ -18,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from secondorder.factors.products import inner
+from secondorder.factors.products import inner as dot
 
 PairDamping: TypeAlias = Literal["powell_identity", "powell_lm"]
+InnerProduct: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Pair(NamedTuple):
@@ -35,7 +31,26 @@ class Pair(NamedTuple):
     y: jax.Array
 
 
-def powell_damping(pair: Pair, hy: jax.Array, mu: ArrayLike = 0.2) -> Pair:
+def gram_product(gram: jax.Array) -> InnerProduct:
+    """Returns the inner product of vectors that are given by coefficients.
+
+    Args:
+      gram: Gram matrix (k, k) of the vectors that the coefficients refer to.
+
+    Returns:
+      ``(a, b) ↦ aᵀ M b`` on coefficients (k,).
+
+    Example:
+      >>> product = gram_product(jnp.diag(jnp.array([1.0, 4.0])))
+      >>> float(product(jnp.array([1.0, 1.0]), jnp.array([1.0, 2.0])))
+      9.0
+    """
+    return lambda a, b: jnp.sum(a[:, None] * gram * b)
+
+
+def powell_damping(
+    pair: Pair, hy: jax.Array, mu: ArrayLike = 0.2, inner: InnerProduct = dot
+) -> Pair:
     """Moves ``s`` towards ``H y`` until ``sᵀy ≥ μ yᵀHy`` (Powell damping of the inverse).
 
     If ``sᵀy < μ yᵀHy``::
@@ -49,6 +64,7 @@ def powell_damping(pair: Pair, hy: jax.Array, mu: ArrayLike = 0.2) -> Pair:
       pair: curvature pair, vectors (n,).
       hy: ``H y`` (n,) for the inverse before the update, positive definite.
       mu: fraction in (0, 1).
+      inner: inner product of the vectors.
 
     Returns:
       Pair of the same ``y`` and the damped ``s``.
@@ -62,14 +78,12 @@ def powell_damping(pair: Pair, hy: jax.Array, mu: ArrayLike = 0.2) -> Pair:
     Source: Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877, first half of the double damping.
     """
     s, y = pair
-    scale = _scale(jnp.concatenate([s, y]))
     # Rounding may leave yᵀHy just below zero; from zero on the denominator is positive.
-    quadratic = jnp.maximum(inner(y / scale, hy / scale), 0)
-    theta = _powell_weight(inner(s / scale, y / scale), quadratic, mu)
+    theta = _powell_weight(inner(s, y), jnp.maximum(inner(y, hy), 0), mu)
     return Pair(theta * s + (1 - theta) * hy, y)
 
 
-def identity_damping(pair: Pair, mu: ArrayLike) -> Pair:
+def identity_damping(pair: Pair, mu: ArrayLike, inner: InnerProduct = dot) -> Pair:
     """Moves ``y`` towards ``s`` until ``sᵀy ≥ μ sᵀs`` (Powell damping against the identity).
 
     If ``sᵀy < μ sᵀs``::
@@ -83,6 +97,7 @@ def identity_damping(pair: Pair, mu: ArrayLike) -> Pair:
     Args:
       pair: curvature pair, vectors (n,).
       mu: smallest curvature wanted, in (0, 1).
+      inner: inner product of the vectors.
 
     Returns:
       Pair of the same ``s`` and the damped ``y``.
@@ -95,8 +110,7 @@ def identity_damping(pair: Pair, mu: ArrayLike) -> Pair:
     Source: Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877, second half of the double damping.
     """
     s, y = pair
-    scale = _scale(jnp.concatenate([s, y]))
-    theta = _powell_weight(inner(s / scale, y / scale), inner(s / scale, s / scale), mu)
+    theta = _powell_weight(inner(s, y), inner(s, s), mu)
     return Pair(s, theta * y + (1 - theta) * s)
 
 
@@ -122,11 +136,12 @@ def levenberg_marquardt_damping(pair: Pair, mu: ArrayLike) -> Pair:
 
 def damp_pair(
     pair: Pair,
-    inverse_product: Callable[[jax.Array], jax.Array],
+    hy: jax.Array,
     *,
     damping: ArrayLike,
     mu: ArrayLike = 0.2,
     rule: PairDamping = "powell_lm",
+    inner: InnerProduct = dot,
 ) -> Pair:
     """Damps a pair twice: against the inverse ``H``, then against the identity.
 
@@ -139,10 +154,11 @@ def damp_pair(
 
     Args:
       pair: curvature pair, vectors (n,).
-      inverse_product: ``v ↦ H v`` on vectors (n,), for the inverse before the update.
+      hy: ``H y`` (n,) for the inverse before the update.
       damping: the factor's share ``λ`` of the damping, positive.
       mu: fraction of `powell_damping`, in (0, 1).
       rule: the second step, static.
+      inner: inner product of the vectors.
 
     Returns:
       The damped pair.
@@ -152,7 +168,7 @@ def damp_pair(
 
     Example:
       >>> pair = Pair(s=jnp.array([1.0, 0.0]), y=jnp.array([-1.0, 1.0]))
-      >>> s, y = damp_pair(pair, lambda v: v, damping=0.1)  # H = I
+      >>> s, y = damp_pair(pair, hy=pair.y, damping=0.1)  # H = I
       >>> bool(s @ y > 0.1 * s @ s)
       True
 
@@ -161,12 +177,17 @@ def damp_pair(
     """
     if rule not in get_args(PairDamping):
         raise ValueError(f"rule must be one of {get_args(PairDamping)}, got {rule!r}")
-    second = identity_damping if rule == "powell_identity" else levenberg_marquardt_damping
-    return second(powell_damping(pair, inverse_product(pair.y), mu), damping)
+    pair = powell_damping(pair, hy, mu, inner)
+    if rule == "powell_identity":
+        return identity_damping(pair, damping, inner)
+    return levenberg_marquardt_damping(pair, damping)
 
 
 def accept_pair(
-    pair: Pair, reference_norm: ArrayLike = 0.0, threshold: ArrayLike = 0.0
+    pair: Pair,
+    reference_norm: ArrayLike = 0.0,
+    threshold: ArrayLike = 0.0,
+    inner: InnerProduct = dot,
 ) -> jax.Array:
     """Tells whether a pair may enter the inverse.
 
@@ -179,6 +200,7 @@ def accept_pair(
       reference_norm: ``r``, the norm of the vector the pair was made of (the mean output gradient
         or the mean input), nonnegative.
       threshold: ``τ``, nonnegative; 1e-4 in the paper of 2020, 0 in that of 2021.
+      inner: inner product of the vectors.
 
     Returns:
       Boolean scalar.
@@ -192,48 +214,26 @@ def accept_pair(
 
     Source: Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877, as in the authors' code.
     """
-    (s, y), (scale_s, scale_y) = _rescale(pair)
+    s, y = pair
     curvature, length = inner(s, y), inner(s, s)
     noise = float(np.finfo(s.dtype).eps) * jnp.sqrt(length) * jnp.sqrt(inner(y, y))
-    # A NaN or infinite entry makes the curvature non-finite, and every comparison false.
-    needed = threshold * length * reference_norm
-    strong = jnp.greater(curvature * (scale_y / scale_s), needed)
-    return jnp.isfinite(curvature) & (curvature > noise) & strong
+    # A NaN or infinite entry makes a product non-finite, and every comparison false.
+    strong = curvature > jnp.maximum(noise, threshold * length * reference_norm)
+    return jnp.isfinite(curvature) & strong
 
 
-def curvature_ratio_ok(pair: Pair, hy: jax.Array, mu: ArrayLike = 0.2) -> jax.Array:
-    """Tells whether ``yᵀHy / sᵀy ≤ 2/μ``, the skip rule of the convergence theory.
-
-    Args:
-      pair: damped pair, vectors (n,).
-      hy: ``H y`` (n,) for the damped ``y``.
-      mu: fraction of `powell_damping`, in (0, 1).
-
-    Returns:
-      Boolean scalar; true for the zero pair.
-
-    Example:
-      >>> pair = Pair(s=jnp.array([1.0]), y=jnp.array([9.0]))
-      >>> bool(curvature_ratio_ok(pair, hy=pair.y)), bool(curvature_ratio_ok(pair, hy=2 * pair.y))
-      (True, False)
-
-    Source: Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877, the analysed variant.
-    """
-    scale = _scale(jnp.concatenate(pair))
-    curvature = inner(pair.s / scale, pair.y / scale)
-    return jnp.less_equal(mu * inner(pair.y / scale, hy / scale), 2 * curvature)
-
-
-def normalize_pair(pair: Pair, accept: ArrayLike = True) -> Pair:
+def normalize_pair(
+    pair: Pair, accept: ArrayLike = True, inner: InnerProduct = dot
+) -> Pair:
     """Divides a pair by ``√(sᵀy)``, so that ``sᵀy = 1``; makes it zero if that is impossible.
 
     The zero pair changes no inverse, so one `where` on two vectors is all that a rejected update
-    needs. A pair with a non-finite entry, with ``sᵀy ≤ 0``, or too lopsided for the result to be
-    finite, is made zero whatever ``accept`` says.
+    needs. A pair with a non-finite entry or with ``sᵀy ≤ 0`` is made zero whatever ``accept`` says.
 
     Args:
       pair: curvature pair, vectors (n,).
       accept: boolean scalar, see `accept_pair`.
+      inner: inner product of the vectors.
 
     Returns:
       Pair with ``sᵀy = 1``, or the zero pair.
@@ -245,17 +245,11 @@ def normalize_pair(pair: Pair, accept: ArrayLike = True) -> Pair:
       >>> [v.tolist() for v in normalize_pair(pair, accept=False)]
       [[0.0, 0.0], [0.0, 0.0]]
     """
-    (s, y), (scale_s, scale_y) = _rescale(pair)
+    s, y = pair
     curvature = inner(s, y)
-    root = jnp.sqrt(jnp.where(curvature > 0, curvature, 1))
-    # The ratio of the square roots stays in range where the root of the ratio does not.
-    balance = jnp.sqrt(scale_s) / jnp.sqrt(scale_y)
-    factor_s, factor_y = balance / root, 1 / (balance * root)
-    finite = jnp.isfinite(curvature + factor_s + factor_y)
-    # A factor below the normal range may be flushed to zero, and would leave half a pair.
-    normal = jnp.minimum(factor_s, factor_y) >= np.finfo(s.dtype).tiny
-    keep = jnp.asarray(accept) & (curvature > 0) & finite & normal
-    return Pair(jnp.where(keep, factor_s * s, 0), jnp.where(keep, factor_y * y, 0))
+    keep = jnp.asarray(accept) & (curvature > 0) & jnp.isfinite(curvature)
+    factor = 1 / jnp.sqrt(jnp.where(keep, curvature, 1))
+    return Pair(jnp.where(keep, factor * s, 0), jnp.where(keep, factor * y, 0))
 
 
 def _powell_weight(curvature: jax.Array, target: jax.Array, mu: ArrayLike) -> jax.Array:
@@ -264,16 +258,3 @@ def _powell_weight(curvature: jax.Array, target: jax.Array, mu: ArrayLike) -> ja
     # For mu < 1 the gap is positive wherever damping is needed; this guards mu ≥ 1.
     needed = (curvature < mu * target) & (gap != 0)
     return jnp.where(needed, (1 - mu) * target / jnp.where(needed, gap, 1), 1)
-
-
-def _scale(v: jax.Array) -> jax.Array:
-    """Returns the largest magnitude in ``v``, or 1 where dividing by it would not be safe."""
-    largest = jnp.max(jnp.abs(v))
-    safe = jnp.isfinite(largest) & (largest >= np.finfo(v.dtype).tiny)
-    return jnp.where(safe, largest, 1)
-
-
-def _rescale(pair: Pair) -> tuple[Pair, tuple[jax.Array, jax.Array]]:
-    """Returns the pair with entries up to 1 in both vectors, and the two divisors."""
-    scale_s, scale_y = _scale(pair.s), _scale(pair.y)
-    return Pair(pair.s / scale_s, pair.y / scale_y), (scale_s, scale_y)

@@ -1,4 +1,4 @@
-"""Layers of equal shape side by side, so that their factors are updated in one batched operation.
+"""Layers of equal shape side by side, so that each operation on their factors is a batched one.
 
 Compile time then depends on the number of different shapes, not on the depth of the model.
 """
@@ -36,57 +36,83 @@ class Group:
         """Number of blocks of all members."""
         return sum(self.sizes)
 
-    def join(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        """Stacks the members' arrays, one for *every* layer given, along the leading axis."""
-        chosen = [arrays[member] for member in self.members]
-        return chosen[0] if len(chosen) == 1 else jnp.concatenate(chosen)
 
-    def split(self, stacked: jax.Array) -> dict[int, jax.Array]:
-        """Cuts a stack into one array for each member; the inverse of `join`."""
-        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        return {
-            member: jax.lax.slice_in_dim(stacked, start, start + size)
-            for member, start, size in zip(self.members, starts, self.sizes, strict=True)
-        }
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the blocks of all layers are arranged: by group, and by layer within each group."""
 
-    def spread(self, values: Sequence[float]) -> jax.Array:
-        """One value for each layer given, repeated for the blocks of the members."""
-        return jnp.concatenate(
-            [jnp.full(size, values[m]) for m, size in zip(self.members, self.sizes, strict=True)]
-        )
+    groups: tuple[Group, ...]
+
+    def join(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Stacks one array per layer into one per group.
+
+        Args:
+          arrays: For each layer ``(blocks, ...)``.
+
+        Returns:
+          For each group ``(stack, ...)``.
+        """
+        return [concatenate([arrays[m] for m in group.members]) for group in self.groups]
+
+    def split(self, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+        """Cuts one array per group into one per layer; the inverse of `join`.
+
+        Args:
+          stacks: For each group ``(stack, ...)``.
+
+        Returns:
+          For each layer ``(blocks, ...)``.
+        """
+        parts: dict[int, jax.Array] = {}
+        for group, stacked in zip(self.groups, stacks, strict=True):
+            start = 0
+            for member, size in zip(group.members, group.sizes, strict=True):
+                whole = size == group.stack
+                parts[member] = stacked if whole else stacked[start : start + size]
+                start += size
+        return [parts[index] for index in range(len(parts))]
+
+    def cut(self, rows: jax.Array) -> list[jax.Array]:
+        """Cuts what is stacked for all blocks into one array per group.
+
+        Args:
+          rows: ``(blocks of all groups, ...)``.
+
+        Returns:
+          For each group ``(stack, ...)``.
+        """
+        result, start = [], 0
+        for group in self.groups:
+            result.append(rows[start : start + group.stack])
+            start += group.stack
+        return result
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of all groups."""
+        return sum(group.stack for group in self.groups)
 
 
-def group_layers(layers: Sequence[Layer]) -> tuple[Group, ...]:
+def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Concatenates along the leading axis, if there is more than one array."""
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def arrange_layers(layers: Sequence[Layer]) -> Layout:
     """Groups layers by the shape of their blocks.
 
     Args:
       layers: The layers.
 
     Returns:
-      The groups, in the order of their first members.
+      The layout, with groups in the order of their first members.
     """
     members: dict[tuple[int, int, bool], list[int]] = collections.defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.inputs, layer.outputs, layer.diagonal_input].append(index)
-    return tuple(
-        Group(tuple(found), tuple(layers[i].stack for i in found), *shape)
-        for shape, found in members.items()
+    return Layout(
+        tuple(
+            Group(tuple(found), tuple(layers[i].stack for i in found), *shape)
+            for shape, found in members.items()
+        )
     )
-
-
-def join_groups(groups: Sequence[Group], stacks: Sequence[jax.Array]) -> list[jax.Array]:
-    """Takes one stack for each group back to one array for each layer.
-
-    Args:
-      groups: The groups.
-      stacks: An array for each group, with the blocks as leading axis.
-
-    Returns:
-      An array for each layer, in the order of the layers.
-    """
-    parts = {
-        member: part
-        for group, stacked in zip(groups, stacks, strict=True)
-        for member, part in group.split(stacked).items()
-    }
-    return [parts[index] for index in range(len(parts))]

@@ -6,7 +6,7 @@ interface ``value_fn(params)`` costs nothing over a model that hands its activat
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,19 @@ class Tape(NamedTuple):
     Attributes:
       value: The objective's value.
       operands: For every site the operand the weights were applied to.
-      cotangents: For every site the cotangent of its result. Inside a scan both have the scan's
-        length as leading axis.
+      outputs: For every site its result, before a bias is added.
+      cotangents: For every site the cotangent of its result. Inside a scan all of these have the
+        scan's length as leading axis.
     """
 
     value: jax.Array
     operands: dict[int, jax.Array]
+    outputs: dict[int, jax.Array]
     cotangents: dict[int, jax.Array]
+
+
+# What is recorded during an evaluation: for every site its operand and its result.
+Recorded: TypeAlias = dict[int, tuple[jax.Array, jax.Array]]
 
 
 def make_probe(site: Site) -> jax.Array:
@@ -52,7 +58,7 @@ def make_probe(site: Site) -> jax.Array:
 
 def _evaluate_body(
     equation: Any, plan: Plan, operands: Sequence[Any], probes: dict[int, jax.Array]
-) -> tuple[Sequence[Any], dict[int, jax.Array]]:
+) -> tuple[Sequence[Any], Recorded]:
     """Evaluates a higher-order equation whose body holds sites."""
     body = jaxprs.body_of(equation)
     assert body is not None
@@ -73,7 +79,7 @@ def _evaluate_scan(
     plan: Plan,
     operands: Sequence[Any],
     probes: dict[int, jax.Array],
-) -> tuple[Sequence[Any], dict[int, jax.Array]]:
+) -> tuple[Sequence[Any], Recorded]:
     """Scans with the probes as scanned inputs and the recorded operands as scanned outputs."""
     arity = jaxprs.scan_arity(equation, body.jaxpr)
     end = arity.consts + arity.carry
@@ -98,7 +104,7 @@ def evaluate(
     arguments: Sequence[Any],
     plan: Plan,
     probes: dict[int, jax.Array],
-) -> tuple[list[Any], dict[int, jax.Array]]:
+) -> tuple[list[Any], Recorded]:
     """Evaluates a jaxpr, adding probes at its sites.
 
     Args:
@@ -109,7 +115,7 @@ def evaluate(
       probes: The probe of every site.
 
     Returns:
-      The results, and the recorded operand of every site.
+      The results, and the operand and result of every site.
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
@@ -117,7 +123,7 @@ def evaluate(
     def read(atom: Any) -> Any:
         return atom.val if jaxprs.is_literal(atom) else values[atom]
 
-    recorded: dict[int, jax.Array] = {}
+    recorded: Recorded = {}
     for position, equation in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in equation.invars]
         entry = plan.entries.get(position)
@@ -128,8 +134,8 @@ def evaluate(
         else:
             results = jaxprs.run_equation(equation, operands)
         if isinstance(entry, Site):
-            recorded[entry.index] = operands[entry.operand]
             results = [results[0] + probes[entry.index]]
+            recorded[entry.index] = operands[entry.operand], results[0]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars], recorded
 
@@ -143,11 +149,11 @@ def record(discovery: Discovery, params: Any, *args: Any) -> Tape:
       *args: Further arguments, as it was traced with.
 
     Returns:
-      The value, the operands and the cotangents.
+      The value, the operands, the outputs and the cotangents.
     """
     arguments = jax.tree.leaves((params, *args))
 
-    def probed(probes: dict[int, jax.Array]) -> tuple[jax.Array, dict[int, jax.Array]]:
+    def probed(probes: dict[int, jax.Array]) -> tuple[jax.Array, Recorded]:
         outputs, recorded = evaluate(
             discovery.jaxpr.jaxpr, discovery.jaxpr.consts, arguments, discovery.plan, probes
         )
@@ -155,7 +161,9 @@ def record(discovery: Discovery, params: Any, *args: Any) -> Tape:
 
     probes = {site.index: make_probe(site) for site in discovery.plan.sites()}
     with jax.named_scope("layer_probes"):
-        (value, operands), cotangents = jax.value_and_grad(probed, has_aux=True)(probes)
-    return Tape(value, operands, cotangents)
+        (value, recorded), cotangents = jax.value_and_grad(probed, has_aux=True)(probes)
+    operands = {index: operand for index, (operand, _) in recorded.items()}
+    outputs = {index: output for index, (_, output) in recorded.items()}
+    return Tape(value, operands, outputs, cotangents)
 
 

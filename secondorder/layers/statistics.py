@@ -21,51 +21,52 @@ from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
 
 
-def _project(traced: TracedLayer, tape: Tape, vectors: jax.Array) -> list[jax.Array]:
-    """Inner products of all homogeneous inputs with ``(stack, inputs)``: one array per use."""
+def _homogeneous_inputs(traced: TracedLayer, use: use_forms.Use, tape: Tape) -> jax.Array:
+    """The inputs of one use as rows, with a one at the end if there is a bias."""
+    inputs = use_forms.input_matrix(use, tape.operands[use.site])
+    if traced.layer.bias is None:
+        return inputs
+    return jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
+
+
+def _project(traced: TracedLayer, tape: Tape, rows: jax.Array) -> list[jax.Array]:
+    """Inner products of all homogeneous inputs with ``(stack, k, inputs)``, use by use."""
     width = traced.layer.weight_view.shape[2]
-    rows, constant = vectors[:, :width, None], vectors[:, width:, None]
-    return [
-        use_forms.project(use, tape.operands[use.site], rows)
-        + (0.0 if traced.layer.bias is None else constant)
-        for use in traced.uses
-    ]
+    products = []
+    for use in traced.uses:
+        if use.kind == use_forms.DENSE:
+            inputs = _homogeneous_inputs(traced, use, tape)
+            products.append(
+                jnp.einsum("ski,sci->skc", rows, inputs, precision=jax.lax.Precision.HIGHEST)
+            )
+            continue
+        product = use_forms.project(use, tape.operands[use.site], rows[..., :width])
+        products.append(product if traced.layer.bias is None else product + rows[..., width:])
+    return products
 
 
-def _any_vectors(traced: TracedLayer, tape: Tape) -> jax.Array:
-    """Vectors to linearize at: the projection is linear, so that any will do."""
+def _dtype(traced: TracedLayer, tape: Tape) -> jnp.dtype:
     dtypes = [tape.cotangents[use.site].dtype for use in traced.uses]
-    dtype = use_forms.curvature_dtype(jnp.result_type(*dtypes))
-    return jnp.zeros((traced.layer.stack, traced.layer.inputs), dtype)
+    return jnp.dtype(use_forms.curvature_dtype(jnp.result_type(*dtypes)))
 
 
-def sum_inputs(traced: TracedLayer, tape: Tape) -> jax.Array:
-    r"""The sum of the inputs over examples and positions, :math:`\sum_{n,t} a_{nt}`.
-
-    Args:
-      traced: The layer and its uses.
-      tape: A probed pass.
-
-    Returns:
-      ``(stack, inputs)``; with a bias the last coordinate counts the positions.
-    """
-    products, pull_back = jax.vjp(
-        lambda vectors: _project(traced, tape, vectors), _any_vectors(traced, tape)
-    )
-    return pull_back([jnp.ones_like(product) for product in products])[0]
-
-
-def mean_input(traced: TracedLayer, tape: Tape) -> jax.Array:
+def mean_input(traced: TracedLayer, tape: Tape, copies: int = 1) -> jax.Array:
     """The mean input over examples and positions.
 
     Args:
       traced: The layer and its uses.
       tape: A probed pass.
+      copies: How many equal rows to return. With two or more the products that follow are of
+        matrices, which compile to library calls.
 
     Returns:
-      ``(stack, inputs)``; the homogeneous coordinate of a bias is one.
+      ``(stack, copies, inputs)``; the homogeneous coordinate of a bias is one.
     """
-    return sum_inputs(traced, tape) / traced.positions
+    layer = traced.layer
+    rows = jnp.zeros((layer.stack, copies, layer.inputs), _dtype(traced, tape))
+    products, pull_back = jax.vjp(lambda rows: _project(traced, tape, rows), rows)
+    weights = [jnp.full_like(product, 1 / traced.positions) for product in products]
+    return pull_back(weights)[0]
 
 
 def input_frequencies(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
@@ -79,27 +80,25 @@ def input_frequencies(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.A
     Returns:
       How often each row was looked up, per example: ``(stack, inputs)``.
     """
-    return sum_inputs(traced, tape) / batch_size
+    return mean_input(traced, tape)[:, 0] * (traced.positions / batch_size)
 
 
-def moment_product(
-    traced: TracedLayer, tape: Tape, vectors: jax.Array, batch_size: int
-) -> jax.Array:
-    r"""The second moment of the inputs times a vector, without forming the moment.
+def moment_product(traced: TracedLayer, tape: Tape, rows: jax.Array, batch_size: int) -> jax.Array:
+    r"""The second moment of the inputs times vectors, without forming the moment.
 
     .. math:: A v = \frac1m \sum_{n,t} a_{nt} (a_{nt}^\top v)
 
     Args:
       traced: The layer and its uses.
       tape: A probed pass.
-      vectors: ``(stack, inputs)``.
+      rows: The vectors, ``(stack, k, inputs)``.
       batch_size: Number of examples ``m``.
 
     Returns:
-      ``(stack, inputs)``.
+      ``(stack, k, inputs)``.
     """
-    products, pull_back = jax.vjp(lambda v: _project(traced, tape, v), vectors)
-    return pull_back(products)[0] / batch_size
+    products, pull_back = jax.vjp(lambda v: _project(traced, tape, v / batch_size**0.5), rows)
+    return pull_back(products)[0]
 
 
 def second_moment(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
@@ -113,12 +112,7 @@ def second_moment(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array
     Returns:
       ``(stack, inputs, inputs)``.
     """
-    grams = []
-    for use in traced.uses:
-        inputs = use_forms.input_matrix(use, tape.operands[use.site])
-        if traced.layer.bias is not None:
-            inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
-        grams.append(_gram(inputs))
+    grams = [_gram(_homogeneous_inputs(traced, use, tape)) for use in traced.uses]
     return sum(grams[1:], start=grams[0]) / batch_size
 
 
@@ -133,6 +127,20 @@ def _gram(rows: jax.Array) -> jax.Array:
     template = jax.ShapeDtypeStruct((stack, inputs, inputs), rows.dtype)
     (gram,) = jax.linear_transpose(combine, template)(rows)
     return gram
+
+
+def mean_output(traced: TracedLayer, tape: Tape) -> jax.Array:
+    """The output over examples and positions, without the bias.
+
+    Args:
+      traced: The layer and its uses.
+      tape: A probed pass.
+
+    Returns:
+      ``(stack, outputs)``.
+    """
+    sums = [use_forms.sum_outputs(use, tape.outputs[use.site]) for use in traced.uses]
+    return sum(sums[1:], start=sums[0]) / traced.positions
 
 
 def mean_cotangent(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:

@@ -155,8 +155,7 @@ def _project_conv(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     stack = lhs.shape[: len(use.input_axes.stack)]
     channels = lhs.shape[len(stack) + 1] // conv.groups
     kernel = jnp.reshape(
-        jnp.swapaxes(rows, 1, 2),
-        (*stack, conv.groups * rows.shape[2], channels, *conv.kernel_shape),
+        rows, (*stack, conv.groups * rows.shape[1], channels, *conv.kernel_shape)
     )
 
     def convolve(lhs: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -183,7 +182,7 @@ def _project_embedding(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Arr
     rows = jnp.reshape(rows, (*stack, *rows.shape[1:]))
 
     def look_up(indices: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.moveaxis(rows.at[indices].get(mode="fill", fill_value=0), -1, 0)
+        return rows.at[:, indices].get(mode="fill", fill_value=0)
 
     return _vmap(look_up, len(stack))(indices, rows)
 
@@ -191,14 +190,10 @@ def _project_embedding(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Arr
 def _project_dense(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     array = _arrange(operand, use.input_axes, use.input_window)
     stack, features = len(use.input_axes.stack), len(use.input_axes.features)
-    rows = jnp.reshape(
-        rows, (*array.shape[:stack], *array.shape[array.ndim - features :], rows.shape[2])
-    )
+    first = array.ndim - features
+    rows = jnp.reshape(rows, (*array.shape[:stack], rows.shape[1], *array.shape[first:]))
+    contract = (tuple(range(stack + 1, rows.ndim)), tuple(range(first, array.ndim)))
     batch = tuple(range(stack))
-    contract = (
-        tuple(range(stack, stack + features)),
-        tuple(range(array.ndim - features, array.ndim)),
-    )
     return jax.lax.dot_general(
         rows, array, (contract, (batch, batch)), precision=jax.lax.Precision.HIGHEST
     )
@@ -210,7 +205,7 @@ _PROJECT = {DENSE: _project_dense, CONV: _project_conv, EMBEDDING: _project_embe
 def project(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     r"""The inner products of every input vector with the given vectors.
 
-    .. math:: u_{t k} = a_t^\top v_k
+    .. math:: u_{k t} = v_k^\top a_t
 
     Its adjoint in ``rows`` sums inputs over positions, which is all that means and products with
     second moments need; no kind of layer has to say these again.
@@ -218,7 +213,7 @@ def project(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     Args:
       use: The use.
       operand: The recorded operand.
-      rows: The vectors, ``(stack, inputs, k)``.
+      rows: The vectors, ``(stack, k, inputs)``.
 
     Returns:
       ``(stack, k, positions)``.
@@ -227,7 +222,7 @@ def project(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(curvature_dtype(operand.dtype), rows.dtype)
         operand, rows = operand.astype(dtype), rows.astype(dtype)
     product = _PROJECT[use.kind](use, operand, rows)
-    return jnp.reshape(product, (use.stack, rows.shape[2], use.positions))
+    return jnp.reshape(product, (use.stack, rows.shape[1], use.positions))
 
 
 def patches(use: Use, operand: jax.Array) -> jax.Array:
@@ -302,17 +297,17 @@ def _sum_positions(array: jax.Array, axes: Axes) -> jax.Array:
     return jnp.sum(array, axis=tuple(range(stack, stack + positions)))
 
 
-def sum_outputs(use: Use, cotangent: jax.Array) -> jax.Array:
-    """The cotangents of a use, summed over positions.
+def sum_outputs(use: Use, array: jax.Array) -> jax.Array:
+    """The outputs of a use, or their cotangents, summed over positions.
 
     Args:
       use: The use.
-      cotangent: The cotangent of the equation's result.
+      array: The equation's result, or its cotangent.
 
     Returns:
       ``(stack, outputs)``.
     """
-    array = _arrange(cotangent, use.output_axes, use.output_window)
+    array = _arrange(array, use.output_axes, use.output_window)
     return jnp.reshape(_sum_positions(array, use.output_axes), (use.stack, use.outputs))
 
 

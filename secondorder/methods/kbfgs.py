@@ -13,7 +13,7 @@ References:
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -22,25 +22,27 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import factors as kf
-from secondorder.layers.groups import Group, group_layers, join_groups
+from secondorder.layers.groups import Layout, arrange_layers
 from secondorder.layers.layer import Layers, check_leaves, trace_layers
 from secondorder.layers.probes import record
 from secondorder.layers.uses import curvature_dtype
 from secondorder.methods.kbfgs_factors import (
-    FactorState,
     InputFactor,
+    KBFGSFactors,
     Pass,
+    Refreshed,
     Settings,
     init_factors,
     measure,
     precondition,
-    refresh_group,
+    refresh,
 )
 from secondorder.checks import check_choice, check_range, check_static_count, is_number
 from secondorder.objective import all_finite, check_params, check_value_fn
 from secondorder.sharding import replicate, shard_like
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
+RefreshOrder: TypeAlias = Literal["before", "after"]
 WeightDecayForm: TypeAlias = Literal["l2", "decoupled"]
 
 
@@ -71,7 +73,7 @@ class ScaleByKBFGSState(NamedTuple):
       count: Steps taken, int32.
       momentum: The gradient with momentum, like the parameters.
       previous_params: The parameters before the last step.
-      factors: One `FactorState` for each group of layers of equal shape.
+      factors: The Kronecker factors of all layers.
       fallback: State of the transform for parameters in no layer.
       metrics: Counters.
     """
@@ -79,7 +81,7 @@ class ScaleByKBFGSState(NamedTuple):
     count: jax.Array
     momentum: chex.ArrayTree
     previous_params: chex.ArrayTree
-    factors: tuple[FactorState, ...]
+    factors: KBFGSFactors
     fallback: optax.OptState
     metrics: KBFGSMetrics
 
@@ -99,7 +101,7 @@ def scale_by_kbfgs(
     powell_fraction: chex.Numeric = 0.2,
     damping_split: kf.DampingSplit = "sqrtT",
     acceptance: chex.Numeric = 0.0,
-    refresh: Literal["before", "after"] = "before",
+    refresh_order: RefreshOrder = "before",
     fallback: optax.GradientTransformation | None = None,
     strict: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -144,7 +146,7 @@ def scale_by_kbfgs(
         :math:`\sqrt\lambda` for both (2020), ``"trace"`` balances the factors' mean eigenvalues.
       acceptance: Pairs with :math:`s^\top y \le` this times :math:`|s|^2 |\bar g|` (or
         :math:`|\bar a|`) are skipped; 1e-4 in the paper of 2020, 0 in that of 2021.
-      refresh: Whether factors are refreshed ``"before"`` the gradient is preconditioned with
+      refresh_order: Whether factors are refreshed ``"before"`` the gradient is preconditioned with
         them, or ``"after"``.
       fallback: Transform of the gradients of parameters in no layer. Default: their momentum.
       strict: Whether parameters in no layer are an error.
@@ -185,9 +187,9 @@ def scale_by_kbfgs(
         pair_damping=pair_damping,
         damping_split=damping_split,
     )
-    _check_hyperparameters(settings, momentum, momentum_form, update_every, refresh)
+    _check_hyperparameters(settings, momentum, momentum_form, update_every, refresh_order)
     _check_layers(layers, strict)
-    groups = group_layers(layers.layers)
+    layout = arrange_layers(layers.layers)
     others = _on_unassigned(fallback, layers)
 
     def init(params: chex.ArrayTree) -> ScaleByKBFGSState:
@@ -198,7 +200,7 @@ def scale_by_kbfgs(
             count=jnp.zeros((), jnp.int32),
             momentum=jax.tree.map(jnp.zeros_like, params),
             previous_params=jax.tree.map(jnp.copy, params),
-            factors=tuple(init_factors(settings, group, dtype) for group in groups),
+            factors=init_factors(settings, layout, dtype),
             fallback=others.init(params),
             metrics=KBFGSMetrics(*(jnp.zeros((), jnp.int32) for _ in KBFGSMetrics._fields)),
         )
@@ -225,7 +227,7 @@ def scale_by_kbfgs(
 
         # 2. Factors, from the current batch at the present and at the previous parameters.
         refreshed, metrics = _refresh_when_due(
-            functools.partial(_refresh, settings, groups),
+            functools.partial(_refresh, settings, layout),
             _LayerPass(layers, objective, params),
             state,
             params,
@@ -234,8 +236,8 @@ def scale_by_kbfgs(
         )
 
         # 3. Direction, H_g M H_a for each layer and the fallback for the rest.
-        used = refreshed if refresh == "before" else state.factors
-        direction = _direction(layers, groups, used, averaged)
+        used = refreshed if refresh_order == "before" else state.factors
+        direction = _direction(layers, layout, used, averaged)
         rest, fallback_state = others.update(
             updates if fallback is not None else averaged, state.fallback, params, **extra_args
         )
@@ -244,9 +246,9 @@ def scale_by_kbfgs(
             ScaleByKBFGSState(
                 count=jnp.where(finite, optax.safe_increment(state.count), state.count),
                 momentum=averaged,
-                previous_params=_select(finite, params, state.previous_params),
+                previous_params=_choose(finite, params, state.previous_params),
                 factors=refreshed,
-                fallback=_select(finite, fallback_state, state.fallback),
+                fallback=_choose(finite, fallback_state, state.fallback),
                 metrics=metrics._replace(
                     nonfinite_steps=metrics.nonfinite_steps + jnp.where(finite, 0, 1)
                 ),
@@ -276,6 +278,11 @@ def _select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(functools.partial(jnp.where, condition), on_true, on_false)
 
 
+def _choose(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """Like `_select`, for trees that exist anyway: nothing is computed, one of them is copied."""
+    return jax.lax.cond(condition, lambda: on_true, lambda: on_false)
+
+
 def _momentum(
     momentum: chex.ArrayTree, gradient: chex.ArrayTree, decay: chex.Numeric, form: MomentumForm
 ) -> chex.ArrayTree:
@@ -288,68 +295,53 @@ def _momentum(
 
 def _refresh(
     settings: Settings,
-    groups: Sequence[Group],
+    layout: Layout,
     here: Pass,
     params: chex.ArrayTree,
     before: Pass,
     state: ScaleByKBFGSState,
     finite: jax.Array,
-) -> tuple[tuple[FactorState, ...], KBFGSMetrics]:
-    """Updates the factors of all groups."""
+) -> tuple[KBFGSFactors, KBFGSMetrics]:
+    """Updates the factors of all layers, and counts."""
     with jax.named_scope("kbfgs_refresh"):
         allow = finite & all_finite((here.tape.value, before.tape.value))
         first = state.metrics.curvature_updates == 0
-        measured = measure(settings, groups, here, params, before, state.previous_params)
-        results = [
-            refresh_group(settings, group, factor, measurement, here, first, allow)
-            for group, factor, measurement in zip(groups, state.factors, measured, strict=True)
-        ]
-    return tuple(result[0] for result in results), _count_pairs(
-        state.metrics, allow, [result[1] for result in results], [result[2] for result in results]
-    )
+        measured = measure(settings, layout, here, params, before, state.previous_params)
+        result = refresh(settings, layout, state.factors, measured, here, first, allow)
+    return result.factors, _count(state.metrics, allow, result)
 
 
-def _count_pairs(
-    metrics: KBFGSMetrics,
-    allow: jax.Array,
-    input_accepts: Sequence[jax.Array],
-    output_accepts: Sequence[jax.Array],
-) -> KBFGSMetrics:
-    """Adds the pairs of one refresh to the counters."""
-
-    def count(accepts: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        accepted = sum((jnp.sum(a, dtype=jnp.int32) for a in accepts), start=jnp.int32(0))
-        total = sum(a.size for a in accepts)
-        return accepted, jnp.where(allow, total - accepted, 0)
-
-    input_accepted, input_rejected = count(input_accepts)
-    output_accepted, output_rejected = count(output_accepts)
+def _count(metrics: KBFGSMetrics, allow: jax.Array, result: Refreshed) -> KBFGSMetrics:
+    """Adds one refresh to the counters."""
+    input_accepted = jnp.sum(result.input_accepted, dtype=jnp.int32)
+    output_accepted = jnp.sum(result.output_accepted, dtype=jnp.int32)
+    blocks = jnp.where(allow, result.input_accepted.size, 0)
     return metrics._replace(
         curvature_updates=metrics.curvature_updates + allow.astype(jnp.int32),
         input_pairs_accepted=metrics.input_pairs_accepted + input_accepted,
-        input_pairs_rejected=metrics.input_pairs_rejected + input_rejected,
+        input_pairs_rejected=metrics.input_pairs_rejected + blocks - input_accepted,
         output_pairs_accepted=metrics.output_pairs_accepted + output_accepted,
-        output_pairs_rejected=metrics.output_pairs_rejected + output_rejected,
+        output_pairs_rejected=metrics.output_pairs_rejected + blocks - output_accepted,
     )
 
 
 def _refresh_when_due(
-    refresh: Callable[..., tuple[tuple[FactorState, ...], KBFGSMetrics]],
+    update_factors: Callable[..., tuple[KBFGSFactors, KBFGSMetrics]],
     layer_pass: _LayerPass,
     state: ScaleByKBFGSState,
     params: chex.ArrayTree,
     finite: jax.Array,
     update_every: int,
-) -> tuple[tuple[FactorState, ...], KBFGSMetrics]:
+) -> tuple[KBFGSFactors, KBFGSMetrics]:
     """Refreshes at every `update_every`-th step, and skips all of its work at the others."""
     # Outside the branch the pass at the present parameters is the caller's own gradient; where
     # XLA cannot see that, it belongs inside.
     shared = layer_pass(params) if layer_pass.merges else None
 
-    def due(state: ScaleByKBFGSState) -> tuple[tuple[FactorState, ...], KBFGSMetrics]:
+    def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
         here = layer_pass(params) if shared is None else shared
         before = layer_pass(state.previous_params)
-        return refresh(here, params, before, state, finite)
+        return update_factors(here, params, before, state, finite)
 
     if update_every == 1:
         return due(state)
@@ -358,20 +350,13 @@ def _refresh_when_due(
 
 
 def _direction(
-    layers: Layers,
-    groups: Sequence[Group],
-    factors: Sequence[FactorState],
-    momentum: chex.ArrayTree,
+    layers: Layers, layout: Layout, factors: KBFGSFactors, momentum: chex.ArrayTree
 ) -> dict[int, jax.Array]:
     """``H_g M H_a`` for every leaf in a layer."""
     leaves = jax.tree.leaves(momentum)
     with jax.named_scope("kbfgs_precondition"):
         matrices = [replicate(layer.to_matrix(leaves)) for layer in layers.layers]
-        stacks = [
-            jax.vmap(precondition)(factor, group.join(matrices).astype(factor.pair.s.dtype))
-            for group, factor in zip(groups, factors, strict=True)
-        ]
-        products = join_groups(groups, stacks)
+        products = precondition(factors, layout, matrices)
     direction: dict[int, jax.Array] = {}
     for layer, product in zip(layers.layers, products, strict=True):
         direction.update(layer.from_matrix(product))
@@ -406,7 +391,7 @@ def _on_unassigned(
 
 
 def _check_hyperparameters(
-    settings: Settings, momentum: Any, momentum_form: str, update_every: Any, refresh: str
+    settings: Settings, momentum: Any, momentum_form: str, update_every: Any, refresh_order: str
 ) -> None:
     """Raises `ValueError` for whatever can be judged before tracing."""
     check_range("damping", settings.damping, low=0, open_low=True)
@@ -419,7 +404,7 @@ def _check_hyperparameters(
     check_choice("input_factor", settings.input_factor, get_args(InputFactor))
     check_choice("pair_damping", settings.pair_damping, get_args(kf.PairDamping))
     check_choice("damping_split", settings.damping_split, get_args(kf.DampingSplit))
-    check_choice("refresh", refresh, ("before", "after"))
+    check_choice("refresh_order", refresh_order, get_args(RefreshOrder))
     check_static_count("update_every", update_every)
     if settings.memory_size is not None:
         check_static_count("memory_size", settings.memory_size)

@@ -2,12 +2,17 @@ r"""The Kronecker factors of K-BFGS: their state, their update and their use.
 
 For a layer ``h = W a`` with ``A`` the second moment of the inputs and ``G`` the Hessian with
 respect to the outputs, ``H_a`` follows ``(A + \lambda_A I)^{-1}`` and ``H_g`` follows the damped
-``G^{-1}``, each by BFGS. Everything here is for groups of layers of equal shape.
+``G^{-1}``, each by BFGS.
+
+A refresh touches each factor with products of matrices and one elementwise pass only. All vectors
+that a pair can become (``s``, ``y``, ``H s``, ``H y``, ...) are the rows of one small matrix, the
+*basis*; damping, acceptance and the BFGS formula work on coefficients with respect to it, for all
+blocks of the model at once, with inner products read off the Gram matrix of the rows. This is what
+keeps the compiled program, and the time to compile it, small.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
@@ -15,38 +20,40 @@ import jax
 import jax.numpy as jnp
 
 from secondorder import factors as kf
+from secondorder.checks import is_number
 from secondorder.layers import statistics
-from secondorder.layers.groups import Group
+from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
-from secondorder.objective import all_finite
 from secondorder.sharding import replicate
 
 InputFactor: TypeAlias = Literal["minibatch", "moving_average"]
+OutputInverse: TypeAlias = jax.Array | kf.InverseMemory
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class FactorState(NamedTuple):
-    """The factors of a group of layers of equal shape, stacked along the leading axis.
+class KBFGSFactors(NamedTuple):
+    """The factors of all layers, by group of equal shape.
 
     Attributes:
-      input_inverse: ``H_a``, ``(stack, inputs, inputs)``; ``(stack, inputs)`` for embeddings.
-      input_moment: The moving average of ``A``, shaped like ``input_inverse``; None where the
-        minibatch's is used.
-      output_inverse: ``H_g``, ``(stack, outputs, outputs)``, or a memory of pairs.
-      pair: The averaged differences of mean outputs and mean cotangents, ``(stack, outputs)``.
+      input_inverses: ``H_a``, ``(stack, inputs, inputs)``; of embeddings the diagonal,
+        ``(stack, inputs)``.
+      input_moments: The moving average of ``A`` in the same shape, or None where the minibatch's
+        is used.
+      output_inverses: ``H_g``, ``(stack, outputs, outputs)``, or a stacked memory of pairs.
+      pairs: The averaged pair ``(s, y)`` of the output side as two rows, ``(stack, 2, outputs)``.
     """
 
-    input_inverse: jax.Array
-    input_moment: jax.Array | None
-    output_inverse: jax.Array | kf.InverseMemory
-    pair: kf.Pair
+    input_inverses: tuple[jax.Array, ...]
+    input_moments: tuple[jax.Array | None, ...]
+    output_inverses: tuple[OutputInverse, ...]
+    pairs: tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The hyperparameters that the curvature update reads."""
+    """The hyperparameters of the factors; see `secondorder.scale_by_kbfgs`."""
 
     damping: Any
     pair_decay: Any
@@ -60,77 +67,190 @@ class Settings:
 
 
 class Pass(NamedTuple):
-    """One probed pass over the layers: the trace and what it recorded."""
+    """One probed pass over a batch: the layers found in its trace, and what was recorded."""
 
     traced: tuple[TracedLayer, ...]
     tape: Tape
     batch_size: int
 
 
-# --------------------------------------------------------------------------------------------
-# Direction
+class Refreshed(NamedTuple):
+    """The result of a refresh: the factors, and for each block which pairs were accepted."""
+
+    factors: KBFGSFactors
+    input_accepted: jax.Array
+    output_accepted: jax.Array
 
 
-def _output_product(inverse: jax.Array | kf.InverseMemory, matrix: jax.Array) -> jax.Array:
-    """``H_g V`` for one block, by whichever form of the memory costs less."""
+def init_factors(settings: Settings, layout: Layout, dtype: Any) -> KBFGSFactors:
+    """The factors before the first batch: identities and empty averages.
+
+    Args:
+      settings: The hyperparameters.
+      layout: The layers.
+      dtype: float32 or wider.
+
+    Returns:
+      The factors. Input inverses are replaced by exact ones at the first refresh.
+    """
+
+    def input_inverse(group: Group) -> jax.Array:
+        if group.diagonal_input:
+            return jnp.ones((group.stack, group.inputs), dtype)
+        return _repeat(jnp.eye(group.inputs, dtype=dtype), group.stack)
+
+    def output_inverse(group: Group) -> OutputInverse:
+        if settings.memory_size is None:
+            return _repeat(jnp.eye(group.outputs, dtype=dtype), group.stack)
+        memory = kf.init_memory(settings.memory_size, group.outputs, dtype)
+        return kf.InverseMemory(*(_repeat(array, group.stack) for array in memory))
+
+    inverses = tuple(input_inverse(group) for group in layout.groups)
+    return KBFGSFactors(
+        input_inverses=inverses,
+        input_moments=tuple(
+            jnp.zeros_like(inverse) if _keeps_moment(settings, group) else None
+            for group, inverse in zip(layout.groups, inverses, strict=True)
+        ),
+        output_inverses=tuple(output_inverse(group) for group in layout.groups),
+        pairs=tuple(jnp.zeros((group.stack, 2, group.outputs), dtype) for group in layout.groups),
+    )
+
+
+def _repeat(array: jax.Array, times: int) -> jax.Array:
+    return jnp.tile(array[None], (times, *([1] * array.ndim)))
+
+
+def _keeps_moment(settings: Settings, group: Group) -> bool:
+    """Whether a group keeps a moving average of ``A``; a diagonal one is always kept."""
+    return group.diagonal_input or settings.input_factor == "moving_average"
+
+
+# Products with the factors.
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+def _input_product(inverse: jax.Array, rows: jax.Array) -> jax.Array:
+    """``V H_a`` for the rows ``(stack, k, inputs)`` of a group."""
+    return rows * inverse[:, None, :] if inverse.ndim == 2 else _matmul(rows, inverse)
+
+
+def _output_product(inverse: OutputInverse, columns: jax.Array) -> jax.Array:
+    """``H_g V`` for ``(stack, outputs, k)``, by whichever form of a memory costs less."""
     if not isinstance(inverse, kf.InverseMemory):
-        return jnp.matmul(inverse, matrix, precision=_HIGHEST)
-    (pairs, outputs), columns = inverse.s.shape, matrix.shape[1]
-    dense = 4 * pairs * outputs**2 + 2 * outputs**3 + 2 * outputs**2 * columns
-    if dense < 8 * pairs * outputs * columns + 4 * pairs**2 * columns:
-        return jnp.matmul(kf.inverse_matrix(inverse), matrix, precision=_HIGHEST)
-    return kf.inverse_product(inverse, matrix)
+        return _matmul(inverse, columns)
+    (_, pairs, outputs), k = inverse.s.shape, columns.shape[2]
+    dense = 4 * pairs * outputs**2 + 2 * outputs**3 + 2 * outputs**2 * k
+    if dense < 8 * pairs * outputs * k + 4 * pairs**2 * k:
+        return _matmul(jax.vmap(kf.inverse_matrix)(inverse), columns)
+    return jax.vmap(kf.inverse_product)(inverse, columns)
 
 
-def precondition(factor: FactorState, matrix: jax.Array) -> jax.Array:
-    """``H_g M H_a`` for one block."""
-    if factor.input_inverse.ndim == 1:
-        matrix = matrix * factor.input_inverse
-    else:
-        matrix = jnp.matmul(matrix, factor.input_inverse, precision=_HIGHEST)
-    return _output_product(factor.output_inverse, matrix)
+def _output_row_product(inverse: OutputInverse, rows: jax.Array) -> jax.Array:
+    """``V H_g`` for the rows ``(stack, k, outputs)`` of a group; ``H_g`` is symmetric."""
+    if not isinstance(inverse, kf.InverseMemory):
+        return _matmul(rows, inverse)
+    return jnp.swapaxes(_output_product(inverse, jnp.swapaxes(rows, 1, 2)), 1, 2)
 
 
-# --------------------------------------------------------------------------------------------
-# Curvature
+def precondition(
+    factors: KBFGSFactors, layout: Layout, matrices: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """``H_g M H_a`` for every layer.
+
+    Args:
+      factors: The factors.
+      layout: The layers.
+      matrices: For each layer ``M``, ``(blocks, outputs, inputs)``.
+
+    Returns:
+      For each layer the product.
+    """
+    products = []
+    for index, stacked in enumerate(layout.join(matrices)):
+        inverse = factors.input_inverses[index]
+        product = _input_product(inverse, stacked.astype(inverse.dtype))
+        products.append(_output_product(factors.output_inverses[index], product))
+    return layout.split(products)
+
+
+# Measurement of a batch, by group.
 
 
 class Measurement(NamedTuple):
-    """What a refresh measures for a group: means at both points and the split of the damping."""
+    """What a batch says about the layers.
 
-    mean_input: jax.Array  # (stack, inputs)
-    mean_cotangent: jax.Array  # (stack, outputs)
-    raw_pair: kf.Pair  # (stack, outputs)
-    input_damping: jax.Array  # (stack,)
-    output_damping: jax.Array  # (stack,)
+    Attributes:
+      mean_inputs: For each group two equal rows, ``(stack, 2, inputs)``.
+      differences: For each group the differences of the mean outputs and of the mean cotangents
+        between the two points, as two rows, ``(stack, 2, outputs)``.
+      mean_cotangents: For each group ``(stack, outputs)``.
+      input_damping: The input factors' shares, for all blocks.
+      output_damping: The output factors' shares, for all blocks.
+    """
+
+    mean_inputs: list[jax.Array]
+    differences: list[jax.Array]
+    mean_cotangents: list[jax.Array]
+    input_damping: jax.Array
+    output_damping: jax.Array
 
 
-def _mean_output(matrix: jax.Array, mean_input: jax.Array) -> jax.Array:
-    """The mean of ``h = W a``, which is ``W`` times the mean of ``a``."""
-    product = jnp.einsum("soi,si->so", matrix, mean_input, precision=_HIGHEST)
-    return product.astype(mean_input.dtype)
+def measure(
+    settings: Settings,
+    layout: Layout,
+    here: Pass,
+    params: chex.ArrayTree,
+    before: Pass,
+    previous_params: chex.ArrayTree,
+) -> Measurement:
+    """Measures every layer at the present and the previous parameters, on one batch.
+
+    Args:
+      settings: The hyperparameters.
+      layout: The layers.
+      here: A pass at ``params``.
+      params: The present parameters.
+      before: A pass at ``previous_params``.
+      previous_params: The parameters before the last step.
+
+    Returns:
+      The measurement.
+    """
+    present, past = _output_means(here, params), _output_means(before, previous_params)
+    differences = [new - old for new, old in zip(present, past, strict=True)]
+    shares = [_split_damping(settings, traced, here) for traced in here.traced]
+    means = [replicate(statistics.mean_input(traced, here.tape, 2)) for traced in here.traced]
+    return Measurement(
+        mean_inputs=layout.join(means),
+        differences=layout.join(differences),
+        mean_cotangents=[rows[:, 1] for rows in layout.join(present)],
+        input_damping=concatenate(layout.join([share[0] for share in shares])),
+        output_damping=concatenate(layout.join([share[1] for share in shares])),
+    )
 
 
-def _means(
-    point: Pass, params: chex.ArrayTree
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Mean inputs, outputs and cotangents of every layer at one point."""
+def _output_means(point: Pass, params: chex.ArrayTree) -> list[jax.Array]:
+    """For each layer the mean output and the mean cotangent at one point, as two rows."""
     leaves = jax.tree.leaves(params)
-    inputs, outputs, cotangents = [], [], []
+    means = []
     for traced in point.traced:
-        mean_input = replicate(statistics.mean_input(traced, point.tape))
-        weights = replicate(traced.layer.to_matrix(leaves)).astype(mean_input.dtype)
+        layer = traced.layer
+        output = replicate(statistics.mean_output(traced, point.tape))
+        if layer.bias is not None and layer.bias_view is not None:
+            output += replicate(layer.bias_view.apply(leaves[layer.bias])).astype(output.dtype)
         cotangent = statistics.mean_cotangent(traced, point.tape, point.batch_size)
-        inputs.append(mean_input)
-        outputs.append(_mean_output(weights, mean_input))
-        cotangents.append(replicate(cotangent))
-    return inputs, outputs, cotangents
+        means.append(jnp.stack([output, replicate(cotangent)], axis=1))
+    return means
 
 
 def _split_damping(
     settings: Settings, traced: TracedLayer, point: Pass
 ) -> tuple[jax.Array, jax.Array]:
-    """The shares of a layer's factors in the damping, each ``(stack,)``."""
+    """The shares of a layer's factors in the damping, each ``(blocks,)``."""
     eigenvalues: tuple[Any, Any] = (None, None)
     if settings.damping_split == "trace":
         eigenvalues = statistics.mean_eigenvalues(traced, point.tape, point.batch_size)
@@ -141,187 +261,280 @@ def _split_damping(
         input_mean_eigenvalue=eigenvalues[0],
         output_mean_eigenvalue=eigenvalues[1],
     )
-    return tuple(  # type: ignore[return-value]
-        jnp.broadcast_to(share.astype(jnp.float32), (traced.layer.stack,)) for share in shares
-    )
+    first, second = (jnp.broadcast_to(share, (traced.layer.stack,)) for share in shares)
+    return first, second
 
 
-def measure(
+# Update of the factors.
+
+
+def refresh(
     settings: Settings,
-    groups: Sequence[Group],
-    here: Pass,
-    params: chex.ArrayTree,
-    before: Pass,
-    previous_params: chex.ArrayTree,
-) -> list[Measurement]:
-    """Measures every layer at the present and the previous point, on one batch."""
-    inputs, outputs, cotangents = _means(here, params)
-    _, old_outputs, old_cotangents = _means(before, previous_params)
-    shares = [_split_damping(settings, traced, here) for traced in here.traced]
-    steps = [new - old for new, old in zip(outputs, old_outputs, strict=True)]
-    changes = [new - old for new, old in zip(cotangents, old_cotangents, strict=True)]
-    return [
-        Measurement(
-            mean_input=group.join(inputs),
-            mean_cotangent=group.join(cotangents),
-            raw_pair=kf.Pair(group.join(steps), group.join(changes)),
-            input_damping=group.join([share[0] for share in shares]),
-            output_damping=group.join([share[1] for share in shares]),
-        )
-        for group in groups
-    ]
-
-
-def _update_output_inverse(
-    settings: Settings,
-    inverse: jax.Array | kf.InverseMemory,
-    average: kf.Pair,
-    measured: Measurement,
-    allow: jax.Array,
-) -> tuple[jax.Array | kf.InverseMemory, kf.Pair, jax.Array]:
-    """One block's averaged, damped and gated pair, and the inverse updated with it."""
-    raw = measured.raw_pair
-    use = allow & all_finite(raw)
-    averaged = kf.ema(average, raw, settings.pair_decay)
-    average = jax.tree.map(functools.partial(jnp.where, use), averaged, average)
-    damped = kf.damp_pair(
-        average,
-        lambda v: _output_product(inverse, v[:, None])[:, 0],
-        damping=measured.output_damping,
-        mu=settings.powell_fraction,
-        rule=settings.pair_damping,
-    )
-    reference = jnp.linalg.norm(measured.mean_cotangent)
-    accept = use & kf.accept_pair(damped, reference, settings.acceptance)
-    if isinstance(inverse, kf.InverseMemory):
-        return kf.push_pair(inverse, damped, accept), average, accept
-    return kf.inverse_bfgs_update(inverse, damped, accept), average, accept
-
-
-def _update_diagonal_input(
-    settings: Settings,
-    factor: FactorState,
-    frequencies: jax.Array,
-    measured: Measurement,
-    first: jax.Array,
-    allow: jax.Array,
-) -> tuple[FactorState, jax.Array]:
-    """The input factor of embeddings: diagonal, so that its inverse is exact."""
-    old = factor.input_moment
-    averaged = jnp.where(first, frequencies, kf.ema(old, frequencies, settings.moment_decay))
-    moment = jnp.where(allow, averaged, old)
-    inverse = jnp.where(allow, 1 / (moment + measured.input_damping[:, None]), factor.input_inverse)
-    accept = jnp.broadcast_to(allow, inverse.shape[:1])
-    return factor._replace(input_inverse=inverse, input_moment=moment), accept
-
-
-def _update_dense_input(
-    settings: Settings,
-    factor: FactorState,
-    moment: Callable[[], jax.Array],
-    batch_product: Callable[[jax.Array], jax.Array],
-    measured: Measurement,
-    first: jax.Array,
-    allow: jax.Array,
-) -> tuple[FactorState, jax.Array]:
-    """The input factor of a group: Hessian-action BFGS from an exact inverse at the start."""
-    damping = measured.input_damping
-    average = factor.input_moment
-    if average is not None:
-        present = moment()
-        averaged = jnp.where(first, present, kf.ema(average, present, settings.moment_decay))
-        average = jnp.where(allow & jnp.isfinite(jnp.max(present)), averaged, average)
-
-    def exact(_: jax.Array) -> jax.Array:
-        start = moment() if average is None else average
-        return jax.vmap(kf.damped_inverse)(start, damping)
-
-    inverse = jax.lax.cond(first & allow, exact, lambda old: old, factor.input_inverse)
-    steps = jnp.einsum("sij,sj->si", inverse, measured.mean_input, precision=_HIGHEST)
-    if average is None:
-        products = batch_product(steps)
-    else:
-        products = jnp.einsum("sij,sj->si", average, steps, precision=_HIGHEST)
-    pairs = kf.Pair(steps, products + damping[:, None] * steps)
-    references = jnp.linalg.norm(measured.mean_input, axis=1)
-    accept = allow & jax.vmap(kf.accept_pair, (0, 0, None))(pairs, references, settings.acceptance)
-    inverse = jax.vmap(kf.inverse_bfgs_update)(inverse, pairs, accept)
-    return factor._replace(input_inverse=inverse, input_moment=average), accept
-
-
-def refresh_group(
-    settings: Settings,
-    group: Group,
-    factor: FactorState,
+    layout: Layout,
+    factors: KBFGSFactors,
     measured: Measurement,
     here: Pass,
     first: jax.Array,
     allow: jax.Array,
-) -> tuple[FactorState, jax.Array, jax.Array]:
-    """Updates both inverses of a group; also says which pairs were accepted."""
-    members = {member: here.traced[member] for member in group.members}
-
-    def join(function: Callable[..., jax.Array], *stacked: jax.Array) -> jax.Array:
-        parts = [group.split(array) for array in stacked]
-        results = [
-            function(traced, here.tape, *(part[member] for part in parts), here.batch_size)
-            for member, traced in members.items()
-        ]
-        return replicate(results[0] if len(results) == 1 else jnp.concatenate(results))
-
-    if group.diagonal_input:
-        frequencies = join(statistics.input_frequencies)
-        factor, input_accept = _update_diagonal_input(
-            settings, factor, frequencies, measured, first, allow
-        )
-    else:
-        factor, input_accept = _update_dense_input(
-            settings,
-            factor,
-            lambda: join(statistics.second_moment),
-            lambda vectors: join(statistics.moment_product, vectors),
-            measured,
-            first,
-            allow,
-        )
-    update = functools.partial(_update_output_inverse, settings)
-    inverse, pair, output_accept = jax.vmap(update, (0, 0, 0, None))(
-        factor.output_inverse, factor.pair, measured, allow
-    )
-    return factor._replace(output_inverse=inverse, pair=pair), input_accept, output_accept
-
-
-def init_factors(settings: Settings, group: Group, dtype: Any) -> FactorState:
-    """The factors before the first batch: identities and empty averages.
+) -> Refreshed:
+    """Updates both inverses of every layer with one pair each.
 
     Args:
       settings: The hyperparameters.
-      group: Layers of equal shape.
-      dtype: float32 or wider.
+      layout: The layers.
+      factors: The factors.
+      measured: The measurement of the batch.
+      here: The pass at the present parameters.
+      first: Whether this is the first refresh, a boolean scalar.
+      allow: Whether the batch may change anything, a boolean scalar.
 
     Returns:
-      The factors. The input inverse is replaced by an exact one at the first refresh.
+      The new factors; exactly the old ones where ``allow`` is false.
     """
-
-    def stacked(array: jax.Array) -> jax.Array:
-        return jnp.tile(array[None], (group.stack, *([1] * array.ndim)))
-
-    if group.diagonal_input:
-        inverse = jnp.ones((group.stack, group.inputs), dtype)
-    else:
-        inverse = stacked(jnp.eye(group.inputs, dtype=dtype))
-    averaged = group.diagonal_input or settings.input_factor == "moving_average"
-    if settings.memory_size is None:
-        output: jax.Array | kf.InverseMemory = stacked(jnp.eye(group.outputs, dtype=dtype))
-    else:
-        memory = kf.init_memory(settings.memory_size, group.outputs, dtype)
-        output = jax.tree.map(stacked, memory)
-    return FactorState(
-        input_inverse=inverse,
-        input_moment=jnp.zeros_like(inverse) if averaged else None,
-        output_inverse=output,
-        pair=kf.Pair(
-            jnp.zeros((group.stack, group.outputs), dtype),
-            jnp.zeros((group.stack, group.outputs), dtype),
-        ),
+    # Input side: the second moment, an exact inverse at the start, then Hessian-action BFGS.
+    moments = _update_moments(settings, layout, factors, here, first, allow)
+    inverses = _start_inputs(layout, factors, moments, measured, here, first, allow)
+    inverses, input_accepted = _update_inputs(
+        settings, layout, inverses, moments, measured, here, allow
     )
+    # Output side: the pair along the step, averaged and damped, then BFGS or L-BFGS.
+    pairs = _update_pairs(settings, factors, measured, allow)
+    output_inverses, output_accepted = _update_outputs(
+        settings, layout, factors.output_inverses, pairs, measured, allow
+    )
+    return Refreshed(
+        KBFGSFactors(inverses, moments, output_inverses, pairs), input_accepted, output_accepted
+    )
+
+
+def _update_moments(
+    settings: Settings,
+    layout: Layout,
+    factors: KBFGSFactors,
+    here: Pass,
+    first: jax.Array,
+    allow: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    """The moving averages of ``A``, which start from the first batch's."""
+    result: list[jax.Array | None] = []
+    for group, old in zip(layout.groups, factors.input_moments, strict=True):
+        if old is None:
+            result.append(None)
+            continue
+        present = _moment(group, here)
+        decay = jnp.where(first, 0, settings.moment_decay)
+        usable = allow & jnp.isfinite(jnp.sum(present))
+        result.append(jnp.where(usable, kf.ema(old, present, decay), old))
+    return tuple(result)
+
+
+def _moment(group: Group, here: Pass) -> jax.Array:
+    """The current batch's ``A`` of a group, or its diagonal for embeddings."""
+    form = statistics.input_frequencies if group.diagonal_input else statistics.second_moment
+    return replicate(
+        concatenate([form(here.traced[m], here.tape, here.batch_size) for m in group.members])
+    )
+
+
+def _start_inputs(
+    layout: Layout,
+    factors: KBFGSFactors,
+    moments: Sequence[jax.Array | None],
+    measured: Measurement,
+    here: Pass,
+    first: jax.Array,
+    allow: jax.Array,
+) -> list[jax.Array]:
+    """The input inverses to update: exact ones at the start and where ``A`` is diagonal."""
+    dense = [i for i, group in enumerate(layout.groups) if not group.diagonal_input]
+    dampings = layout.cut(measured.input_damping)
+
+    def exact(_: Any) -> list[jax.Array]:
+        known = [moments[i] for i in dense]
+        matrices = [
+            _moment(layout.groups[i], here) if moment is None else moment
+            for i, moment in zip(dense, known, strict=True)
+        ]
+        return kf.damped_inverses(matrices, [dampings[i] for i in dense])
+
+    old = [factors.input_inverses[i] for i in dense]
+    started = jax.lax.cond(first & allow, exact, lambda inverses: inverses, old) if dense else []
+    inverses = dict(zip(dense, started, strict=True))
+    for i, moment in enumerate(moments):
+        if i not in inverses and moment is not None:
+            inverses[i] = jnp.where(
+                allow, 1 / (moment + dampings[i][:, None]), factors.input_inverses[i]
+            )
+    return [inverses[i] for i in range(len(layout.groups))]
+
+
+def _update_inputs(
+    settings: Settings,
+    layout: Layout,
+    inverses: Sequence[jax.Array],
+    moments: Sequence[jax.Array | None],
+    measured: Measurement,
+    here: Pass,
+    allow: jax.Array,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
+    bases = []
+    for i, group in enumerate(layout.groups):
+        # Rows, each twice: s, A s, H s, H A s.
+        step = _input_product(inverses[i], measured.mean_inputs[i])
+        product = _moment_product(group, moments[i], step, here)
+        again = [_input_product(inverses[i], rows) for rows in (step, product)]
+        bases.append(jnp.concatenate([step, product, *again], axis=1))
+
+    def change(
+        gram: jax.Array, damping: jax.Array, reference: jax.Array
+    ) -> tuple[kf.Change, jax.Array]:
+        inner = kf.gram_product(gram)
+        s, a_s, hs, h_a_s = jnp.eye(8, dtype=gram.dtype)[::2]
+        pair = kf.Pair(s, a_s + damping * s)
+        accept = allow & kf.accept_pair(pair, reference, settings.acceptance, inner)
+        norm = jnp.sqrt(jnp.where(accept, inner(*pair), 1))
+        hy = (h_a_s + damping * hs) / norm
+        return kf.bfgs_change(kf.normalize_pair(pair, accept, inner), hy, inner), accept
+
+    references = _norms(settings, [rows[:, 0] for rows in measured.mean_inputs])
+    changes, accept = jax.vmap(change)(_grams(bases), measured.input_damping, references)
+    return _apply_changes(layout, inverses, bases, changes), accept
+
+
+def _moment_product(
+    group: Group, moment: jax.Array | None, rows: jax.Array, here: Pass
+) -> jax.Array:
+    """``V A`` for the rows of a group, with the average of ``A`` or with the current batch's."""
+    if moment is not None:
+        return _input_product(moment, rows)
+    start, products = 0, []
+    for member, size in zip(group.members, group.sizes, strict=True):
+        products.append(
+            statistics.moment_product(
+                here.traced[member], here.tape, rows[start : start + size], here.batch_size
+            )
+        )
+        start += size
+    return replicate(concatenate(products))
+
+
+def _update_pairs(
+    settings: Settings, factors: KBFGSFactors, measured: Measurement, allow: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The averages of the pairs along the steps; blocks whose pair is not finite keep theirs."""
+    result = []
+    for old, difference in zip(factors.pairs, measured.differences, strict=True):
+        usable = allow & jnp.isfinite(jnp.sum(difference, axis=(1, 2), keepdims=True))
+        averaged = kf.ema(old, difference, settings.pair_decay)
+        result.append(jnp.where(usable, averaged, old))
+    return tuple(result)
+
+
+def _update_outputs(
+    settings: Settings,
+    layout: Layout,
+    inverses: Sequence[OutputInverse],
+    pairs: Sequence[jax.Array],
+    measured: Measurement,
+    allow: jax.Array,
+) -> tuple[tuple[OutputInverse, ...], jax.Array]:
+    """BFGS or L-BFGS with the averaged pairs, damped and gated."""
+    bases = []
+    for inverse, rows in zip(inverses, pairs, strict=True):
+        # Rows: s, y, H s, H y, H H s, H H y.
+        once = _output_row_product(inverse, rows)
+        twice = _output_row_product(inverse, once)
+        bases.append(jnp.concatenate([rows, once, twice], axis=1))
+
+    def damp(
+        gram: jax.Array, damping: jax.Array, reference: jax.Array
+    ) -> tuple[kf.Pair, kf.Change, jax.Array]:
+        inner = kf.gram_product(gram)
+        s, y, _, hy, _, _ = jnp.eye(6, dtype=gram.dtype)
+        pair = kf.damp_pair(
+            kf.Pair(s, y),
+            hy,
+            damping=damping,
+            mu=settings.powell_fraction,
+            rule=settings.pair_damping,
+            inner=inner,
+        )
+        accept = allow & kf.accept_pair(pair, reference, settings.acceptance, inner)
+        pair = kf.normalize_pair(pair, accept, inner)
+        # Multiplying by H moves every coefficient to the next power of H.
+        return pair, kf.bfgs_change(pair, jnp.roll(pair.y, 2), inner), accept
+
+    references = _norms(settings, measured.mean_cotangents)
+    damped, changes, accept = jax.vmap(damp)(_grams(bases), measured.output_damping, references)
+    dense = [inverse for inverse in inverses if not isinstance(inverse, kf.InverseMemory)]
+    if dense:
+        return _apply_changes(layout, dense, bases, changes), accept
+    memories = [inverse for inverse in inverses if isinstance(inverse, kf.InverseMemory)]
+    return _push_pairs(layout, memories, bases, damped, accept), accept
+
+
+def _grams(bases: Sequence[jax.Array]) -> jax.Array:
+    """The Gram matrices of the rows of all blocks."""
+    return concatenate([_matmul(rows, jnp.swapaxes(rows, 1, 2)) for rows in bases])
+
+
+def _norms(settings: Settings, vectors: Sequence[jax.Array]) -> jax.Array:
+    """The norms that acceptance is relative to, of all blocks; not needed without a threshold."""
+    if is_number(settings.acceptance) and settings.acceptance == 0:
+        return jnp.zeros(sum(len(rows) for rows in vectors), vectors[0].dtype)
+    return concatenate([jnp.linalg.norm(rows, axis=1) for rows in vectors])
+
+
+def _combine(
+    layout: Layout, bases: Sequence[jax.Array], first: jax.Array, second: jax.Array
+) -> list[jax.Array]:
+    """Two combinations of the rows of every block, ``(stack, 2, n)`` for each group."""
+    coefficients = layout.cut(jnp.stack([first, second], axis=1))
+    return [_matmul(c, rows) for c, rows in zip(coefficients, bases, strict=True)]
+
+
+def _apply_changes(
+    layout: Layout,
+    inverses: Sequence[jax.Array],
+    bases: Sequence[jax.Array],
+    changes: kf.Change,
+) -> tuple[jax.Array, ...]:
+    """Changes the dense inverses by rank two each; diagonal ones stay."""
+    vectors = _combine(layout, bases, changes.grow, changes.drop)
+    return tuple(
+        jax.vmap(kf.apply_change)(inverse, kf.Change(rows[:, 0], rows[:, 1]))
+        if inverse.ndim == 3
+        else inverse
+        for inverse, rows in zip(inverses, vectors, strict=True)
+    )
+
+
+def _push_pairs(
+    layout: Layout,
+    memories: Sequence[kf.InverseMemory],
+    bases: Sequence[jax.Array],
+    pairs: kf.Pair,
+    accept: jax.Array,
+) -> tuple[kf.InverseMemory, ...]:
+    """Appends a pair to the memory of every block."""
+    vectors = _combine(layout, bases, pairs.s, pairs.y)
+    projections = [
+        _matmul(memory.s, jnp.swapaxes(rows, 1, 2))
+        for memory, rows in zip(memories, vectors, strict=True)
+    ]
+    books, slots = jax.vmap(kf.extend_triangle)(
+        kf.Bookkeeping(
+            concatenate([memory.triangle_inverse for memory in memories]),
+            concatenate([memory.accepted for memory in memories]),
+        ),
+        concatenate(projections)[:, :, 1],
+        accept,
+    )
+    triangles, counts = layout.cut(books.triangle_inverse), layout.cut(books.accepted)
+    result = []
+    for i, slot in enumerate(layout.cut(slots)):
+        pair = kf.Pair(vectors[i][:, 0], vectors[i][:, 1])
+        s, y = jax.vmap(kf.write_pair)(memories[i], pair, slot)
+        result.append(kf.InverseMemory(s, y, triangles[i], counts[i]))
+    return tuple(result)
