@@ -175,33 +175,32 @@ def write_pair(memory: InverseMemory, pair: Pair, slot: jax.Array) -> Pair:
 
 
 def inverse_product(memory: InverseMemory, v: jax.Array) -> jax.Array:
-    """Returns ``H v`` for the inverse that the memory stands for.
+    """Returns ``v H`` for the inverse ``H``, symmetric, that the memory stands for.
 
-    ``U = R⁻¹ S`` is not formed; with ``u = R⁻¹ (S v)`` and ``z = v - Yᵀ u``,
+    ``U = R⁻¹ S`` is not formed; with ``u = v Sᵀ R⁻ᵀ`` and ``z = v - u Y``,
 
-        ``H v = z + Sᵀ R⁻ᵀ (u - Y z)``.
+        ``v H = z + (u - z Yᵀ) R⁻¹ S``.
 
     8 p n k + 4 p² k operations, all in matrix products.
 
     Args:
       memory: memory of ``p`` pairs, possibly none.
-      v: vector (n,) or matrix (n, k).
+      v: vector (n,) or rows (k, n).
 
     Returns:
       Array of the shape of ``v``.
 
     Example:
       >>> memory = push_pair(init_memory(2, 2), Pair(jnp.array([1.0, 0.0]), jnp.array([4.0, 0.0])))
-      >>> inverse_product(memory, jnp.array([[4.0], [1.0]])).tolist()
-      [[1.0], [1.0]]
+      >>> inverse_product(memory, jnp.array([[4.0, 1.0]])).tolist()
+      [[1.0, 1.0]]
 
     Source: the compact form of Byrd, Nocedal, Schnabel (1994), which Goldfarb, Ren, Bahamou (2020),
     arXiv 2006.08877, use for K-BFGS(L), here in product form.
     """
-    u = matmul(memory.triangle_inverse, matmul(memory.s, v))
-    z = v - matmul(memory.y.T, u)
-    weights = matmul(memory.triangle_inverse.T, u - matmul(memory.y, z))
-    return z + matmul(memory.s.T, weights)
+    u = matmul(matmul(v, memory.s.T), memory.triangle_inverse.T)
+    z = v - matmul(u, memory.y)
+    return z + matmul(matmul(u - matmul(z, memory.y.T), memory.triangle_inverse), memory.s)
 
 
 def inverse_matrix(memory: InverseMemory) -> jax.Array:

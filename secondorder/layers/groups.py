@@ -20,8 +20,8 @@ class Group:
     Attributes:
       members: Indices of the layers.
       sizes: Number of blocks of each member.
-      inputs: Columns of a block, the homogeneous one included.
-      outputs: Rows of a block.
+      inputs: Rows of a block, the homogeneous one included.
+      outputs: Columns of a block.
       diagonal_input: Whether the members are embeddings.
     """
 

@@ -20,13 +20,13 @@ from secondorder.layers.views import View
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A linear layer ``h = W a + b``, or a stack of independent ones.
+    """A linear layer ``h = a W + b``, or a stack of independent ones.
 
     Attributes:
       kind: ``"dense"``, ``"conv"`` or ``"embedding"``.
       weight: Index of the weight among the parameter leaves.
       bias: Index of the bias, or None.
-      weight_view: From the weight leaf to ``(stack, outputs, inputs)``.
+      weight_view: From the weight leaf to ``(stack, inputs, outputs)``.
       bias_view: From the bias leaf to ``(stack, outputs)``, or None.
     """
 
@@ -43,13 +43,13 @@ class Layer:
 
     @property
     def outputs(self) -> int:
-        """Rows of a block."""
-        return self.weight_view.shape[1]
+        """Columns of a block."""
+        return self.weight_view.shape[2]
 
     @property
     def inputs(self) -> int:
-        """Columns of a block, the homogeneous one of the bias included."""
-        return self.weight_view.shape[2] + (self.bias is not None)
+        """Rows of a block, the homogeneous one of the bias included."""
+        return self.weight_view.shape[1] + (self.bias is not None)
 
     @property
     def diagonal_input(self) -> bool:
@@ -68,19 +68,19 @@ class Layer:
           leaves: All leaves of the pytree.
 
         Returns:
-          ``(stack, outputs, inputs)``; the bias, if any, is the last column.
+          ``(stack, inputs, outputs)``; the bias, if any, is the last row.
         """
         weight = self.weight_view.apply(leaves[self.weight])
         if self.bias is None or self.bias_view is None:
             return weight
         bias = self.bias_view.apply(leaves[self.bias])
-        return jnp.concatenate([weight, bias[..., None].astype(weight.dtype)], axis=-1)
+        return jnp.concatenate([weight, bias[:, None].astype(weight.dtype)], axis=1)
 
     def from_matrix(self, matrix: jax.Array) -> dict[int, jax.Array]:
         """Takes a matrix back to the parameter leaves; the inverse of `to_matrix`.
 
         Args:
-          matrix: ``(stack, outputs, inputs)``.
+          matrix: ``(stack, inputs, outputs)``.
 
         Returns:
           The array for each leaf of the layer, by index.
@@ -88,8 +88,8 @@ class Layer:
         if self.bias is None or self.bias_view is None:
             return {self.weight: self.weight_view.invert(matrix)}
         return {
-            self.weight: self.weight_view.invert(matrix[..., :-1]),
-            self.bias: self.bias_view.invert(matrix[..., -1]),
+            self.weight: self.weight_view.invert(matrix[:, :-1]),
+            self.bias: self.bias_view.invert(matrix[:, -1]),
         }
 
 
@@ -235,7 +235,7 @@ def find_layers(
 ) -> Layers:
     r"""Finds the linear layers of a model in the trace of its objective.
 
-    A layer is every :math:`h = W a + b` whose ``W`` derives from one parameter by reshapes,
+    A layer is every :math:`h = a W + b` whose ``W`` derives from one parameter by reshapes,
     transposes and casts alone, whatever library built the model: dense layers and ``einsum``
     projections, convolutions in one to three dimensions with strides, padding, dilation and
     groups, embeddings, tied weights, and all of these inside `jit`, `jax.checkpoint` and

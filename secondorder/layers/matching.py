@@ -50,7 +50,7 @@ def _with_scans(axes: Axes, scanned: tuple[bool, ...]) -> Axes:
 
 
 def _matrix_view(view: View, depth: int, stack: Sequence[int], rows: Any, columns: Any) -> View:
-    """The view from a leaf to ``(stack, outputs, inputs)``; axes count behind the scanned ones."""
+    """The view from a leaf to ``(stack, inputs, outputs)``; axes count behind the scanned ones."""
     shape = view.shape
     parts = [tuple(depth + axis for axis in part) for part in (stack, rows, columns)]
     view = view.transpose((*range(depth), *parts[0], *parts[1], *parts[2]))
@@ -113,7 +113,7 @@ def match_dense(
                 kind=DENSE,
                 site=site,
                 scanned=value.scanned,
-                weight_view=_matrix_view(piece.view, value.depth, w_stack, w_out, w_in),
+                weight_view=_matrix_view(piece.view, value.depth, w_stack, w_in, w_out),
                 input_axes=_with_scans(Axes(a_stack, a_free, a_in), value.scanned),
                 output_axes=_with_scans(output_axes, value.scanned),
                 positions=math.prod(free) * _repeats(value.scanned, lengths),
@@ -164,15 +164,16 @@ def match_conv(
     lhs, rhs, out = (tuple(s) for s in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
     groups = params["feature_group_count"]
     piece = value.pieces[0]
-    view = _matrix_view(piece.view, value.depth, (), rhs[:1], rhs[1:])
-    stack, outputs, inputs = view.shape
+    view = _matrix_view(piece.view, value.depth, (), rhs[1:], rhs[:1])
+    stack, inputs, outputs = view.shape
+    view = view.reshape((stack, inputs, groups, outputs // groups)).transpose((0, 2, 1, 3))
     shape = tuple(equation.outvars[0].aval.shape)
     output_axes = Axes((), (out[0], *out[2:]), (out[1],))
     use = Use(
         kind=CONV,
         site=site,
         scanned=value.scanned,
-        weight_view=view.reshape((stack * groups, outputs // groups, inputs)),
+        weight_view=view.reshape((stack * groups, inputs, outputs // groups)),
         input_axes=_with_scans(Axes((), (lhs[0], *lhs[2:]), (lhs[1],)), value.scanned),
         output_axes=_with_scans(output_axes, value.scanned),
         positions=math.prod(shape[a] for a in output_axes.positions)
@@ -223,7 +224,7 @@ def match_embedding(
         kind=EMBEDDING,
         site=site,
         scanned=value.scanned,
-        weight_view=_matrix_view(value.pieces[0].view, value.depth, (), table, row),
+        weight_view=_matrix_view(value.pieces[0].view, value.depth, (), row, table),
         input_axes=_with_scans(Axes((), tuple(range(indices.ndim)), ()), value.scanned),
         output_axes=_with_scans(output_axes, value.scanned),
         positions=math.prod(indices.shape) * _repeats(value.scanned, lengths),

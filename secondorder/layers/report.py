@@ -48,7 +48,7 @@ def format_report(layers: "Layers") -> str:
         (
             paths[layer.weight],
             layer.kind,
-            str(layer.weight_view.shape[2]),
+            str(layer.weight_view.shape[1]),
             str(layer.outputs),
             "-" if layer.bias is None else paths[layer.bias],
             str(layer.stack),

@@ -20,6 +20,8 @@ from secondorder.layers import uses as use_forms
 from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def _homogeneous_inputs(traced: TracedLayer, use: use_forms.Use, tape: Tape) -> jax.Array:
     """The inputs of one use as rows, with a one at the end if there is a bias."""
@@ -31,14 +33,14 @@ def _homogeneous_inputs(traced: TracedLayer, use: use_forms.Use, tape: Tape) -> 
 
 def _project(traced: TracedLayer, tape: Tape, rows: jax.Array) -> list[jax.Array]:
     """Inner products of all homogeneous inputs with ``(stack, k, inputs)``, use by use."""
-    width = traced.layer.weight_view.shape[2]
+    width = traced.layer.weight_view.shape[1]
     products = []
     for use in traced.uses:
         if use.kind == use_forms.DENSE:
             inputs = _homogeneous_inputs(traced, use, tape)
-            products.append(
-                jnp.einsum("ski,sci->skc", rows, inputs, precision=jax.lax.Precision.HIGHEST)
-            )
+            # Written out: in this order neither the product nor its adjoint transposes anything.
+            contract = (((2,), (2,)), ((0,), (0,)))
+            products.append(jax.lax.dot_general(rows, inputs, contract, precision=_HIGHEST))
             continue
         product = use_forms.project(use, tape.operands[use.site], rows[..., :width])
         products.append(product if traced.layer.bias is None else product + rows[..., width:])
@@ -83,21 +85,20 @@ def input_frequencies(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.A
     return mean_input(traced, tape)[:, 0] * (traced.positions / batch_size)
 
 
-def moment_product(traced: TracedLayer, tape: Tape, rows: jax.Array, batch_size: int) -> jax.Array:
-    r"""The second moment of the inputs times vectors, without forming the moment.
+def sum_product(traced: TracedLayer, tape: Tape, rows: jax.Array) -> jax.Array:
+    r"""The second moment of the inputs times vectors, times ``m``, without forming the moment.
 
-    .. math:: A v = \frac1m \sum_{n,t} a_{nt} (a_{nt}^\top v)
+    .. math:: m A v = \sum_{n,t} a_{nt} (a_{nt}^\top v)
 
     Args:
       traced: The layer and its uses.
       tape: A probed pass.
       rows: The vectors, ``(stack, k, inputs)``.
-      batch_size: Number of examples ``m``.
 
     Returns:
       ``(stack, k, inputs)``.
     """
-    products, pull_back = jax.vjp(lambda v: _project(traced, tape, v / batch_size**0.5), rows)
+    products, pull_back = jax.vjp(lambda v: _project(traced, tape, v), rows)
     return pull_back(products)[0]
 
 
@@ -120,7 +121,7 @@ def _gram(rows: jax.Array) -> jax.Array:
     """Sum of the outer products of the rows of ``(stack, positions, inputs)``."""
 
     def combine(coefficients: jax.Array) -> jax.Array:
-        return jnp.matmul(rows, coefficients, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(rows, coefficients, precision=_HIGHEST)
 
     # As an adjoint, so that the sharding of the sum over examples is autodiff's to choose.
     stack, _, inputs = rows.shape

@@ -1,7 +1,7 @@
 """One use of a weight by one equation, in matrix form.
 
-Every linear layer computes, for each block of its stack and each position, ``h = W a`` with
-``W`` of shape ``(outputs, inputs)``. A `Use` knows how the recorded operand and the cotangent of
+Every linear layer computes, for each block of its stack and each position, ``h = a W`` with
+``W`` of shape ``(inputs, outputs)``, the convention of JAX's libraries. A `Use` knows how the recorded operand and the cotangent of
 the result, in whatever shape the model had them, map to ``a`` and ``g`` in that form:
 
 * *stack* axes count independent blocks: layers of a scan, groups of a convolution, batch
@@ -58,7 +58,7 @@ class Use:
       site: Index of the probed equation in the traced objective.
       scanned: For every scan around the equation whether it also scans over the weight, whose
         leading axes then count blocks.
-      weight_view: From the parameter to ``(stack, outputs, inputs)``.
+      weight_view: From the parameter to ``(stack, inputs, outputs)``.
       input_axes: Roles of the axes of the recorded operand. An embedding's has no feature axis;
         a convolution's positions are the batch axes followed by the spatial ones.
       output_axes: Roles of the axes of the equation's result.
@@ -88,13 +88,13 @@ class Use:
 
     @property
     def outputs(self) -> int:
-        """Rows of the weight matrix."""
-        return self.weight_view.shape[1]
+        """Columns of the weight matrix."""
+        return self.weight_view.shape[2]
 
     @property
     def inputs(self) -> int:
-        """Columns of the weight matrix."""
-        return self.weight_view.shape[2]
+        """Rows of the weight matrix."""
+        return self.weight_view.shape[1]
 
     def same_weight_map(self, other: "Use") -> bool:
         """Whether both uses see the parameter as the same matrix."""

@@ -1,9 +1,9 @@
 r"""K-BFGS and K-BFGS(L): Kronecker-factored quasi-Newton optimizers.
 
-For a layer ``h = W a`` the Hessian block is approximated by ``A (x) G``, with the second moment
+For a layer ``h = a W`` the Hessian block is approximated by ``A (x) G``, with the second moment
 ``A`` of the inputs and the Hessian ``G`` with respect to the outputs. Both inverses are kept by
 BFGS: ``H_a`` from the known action of ``A``, ``H_g`` from differences of outputs and of their
-cotangents along the steps. The direction is ``H_g M H_a`` for the momentum ``M``.
+cotangents along the steps. The direction is ``H_a M H_g`` for the momentum ``M``.
 
 References:
   Goldfarb, Ren, Bahamou. Practical Quasi-Newton Methods for Training Deep Neural Networks.
@@ -110,7 +110,7 @@ def scale_by_kbfgs(
     With the momentum :math:`M` of a layer's gradient,
 
     .. math::
-      P = H_g M H_a, \qquad H_a \approx (A + \lambda_A I)^{-1}, \quad H_g \approx G^{-1},
+      P = H_a M H_g, \qquad H_a \approx (A + \lambda_A I)^{-1}, \quad H_g \approx G^{-1},
 
     and at every refresh, on the current batch,
 
@@ -220,40 +220,50 @@ def scale_by_kbfgs(
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
 
-        # 1. A batch that is not finite changes nothing but a counter.
-        finite = all_finite((updates, value))
-        averaged = _momentum(state.momentum, updates, momentum, momentum_form)
-        averaged = _select(finite, averaged, state.momentum)
+        layer_pass = _LayerPass(layers, objective, params)
+        # A pass at the present parameters is the caller's own gradient, if XLA can see both.
+        here = layer_pass(params) if layer_pass.merges else None
 
-        # 2. Factors, from the current batch at the present and at the previous parameters.
-        refreshed, metrics = _refresh_when_due(
-            functools.partial(_refresh, settings, layout),
-            _LayerPass(layers, objective, params),
-            state,
-            params,
-            finite,
-            update_every,
-        )
+        def step(state: ScaleByKBFGSState) -> tuple[chex.ArrayTree, ScaleByKBFGSState]:
+            # 1. Momentum.
+            averaged = _momentum(state.momentum, updates, momentum, momentum_form)
 
-        # 3. Direction, H_g M H_a for each layer and the fallback for the rest.
-        used = refreshed if refresh_order == "before" else state.factors
-        direction = _direction(layers, layout, used, averaged)
-        rest, fallback_state = others.update(
-            updates if fallback is not None else averaged, state.fallback, params, **extra_args
-        )
-        direction = _merge(layers, direction, rest, params)
-        return _select(finite, direction, jax.tree.map(jnp.zeros_like, direction)), (
-            ScaleByKBFGSState(
-                count=jnp.where(finite, optax.safe_increment(state.count), state.count),
-                momentum=averaged,
-                previous_params=_choose(finite, params, state.previous_params),
-                factors=refreshed,
-                fallback=_choose(finite, fallback_state, state.fallback),
-                metrics=metrics._replace(
-                    nonfinite_steps=metrics.nonfinite_steps + jnp.where(finite, 0, 1)
-                ),
+            # 2. Factors, from the current batch at the present and at the previous parameters.
+            def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
+                return _refresh(settings, layout, layer_pass, here, params, state)
+
+            def not_due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
+                return state.factors, state.metrics
+
+            if update_every == 1:
+                factors, metrics = due(state)
+            else:
+                factors, metrics = jax.lax.cond(
+                    state.count % update_every == 0, due, not_due, state
+                )
+
+            # 3. Direction: H_a M H_g for each layer, the fallback for the rest.
+            used = factors if refresh_order == "before" else state.factors
+            direction = _direction(layers, layout, used, averaged)
+            rest, fallback_state = others.update(
+                averaged if fallback is None else updates, state.fallback, params, **extra_args
             )
-        )
+            return _merge(direction, rest, params), ScaleByKBFGSState(
+                count=optax.safe_increment(state.count),
+                momentum=averaged,
+                previous_params=params,
+                factors=factors,
+                fallback=fallback_state,
+                metrics=metrics,
+            )
+
+        def skip(state: ScaleByKBFGSState) -> tuple[chex.ArrayTree, ScaleByKBFGSState]:
+            count = state.metrics.nonfinite_steps + 1
+            metrics = state.metrics._replace(nonfinite_steps=count)
+            return jax.tree.map(jnp.zeros_like, params), state._replace(metrics=metrics)
+
+        # A batch that is not finite changes nothing but a counter.
+        return jax.lax.cond(all_finite((updates, value)), step, skip, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -273,16 +283,6 @@ class _LayerPass:
         return Pass(self.traced, record(self.discovery, params), self.batch_size)
 
 
-def _select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """`jnp.where` on pytrees."""
-    return jax.tree.map(functools.partial(jnp.where, condition), on_true, on_false)
-
-
-def _choose(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """Like `_select`, for trees that exist anyway: nothing is computed, one of them is copied."""
-    return jax.lax.cond(condition, lambda: on_true, lambda: on_false)
-
-
 def _momentum(
     momentum: chex.ArrayTree, gradient: chex.ArrayTree, decay: chex.Numeric, form: MomentumForm
 ) -> chex.ArrayTree:
@@ -296,28 +296,39 @@ def _momentum(
 def _refresh(
     settings: Settings,
     layout: Layout,
-    here: Pass,
+    layer_pass: _LayerPass,
+    here: Pass | None,
     params: chex.ArrayTree,
-    before: Pass,
     state: ScaleByKBFGSState,
-    finite: jax.Array,
 ) -> tuple[KBFGSFactors, KBFGSMetrics]:
-    """Updates the factors of all layers, and counts."""
+    """Updates the factors of all layers, unless the batch's curvature is not finite."""
+    here = layer_pass(params) if here is None else here
+    before = layer_pass(state.previous_params)
     with jax.named_scope("kbfgs_refresh"):
-        allow = finite & all_finite((here.tape.value, before.tape.value))
-        first = state.metrics.curvature_updates == 0
         measured = measure(settings, layout, here, params, before, state.previous_params)
-        result = refresh(settings, layout, state.factors, measured, here, first, allow)
-    return result.factors, _count(state.metrics, allow, result)
+        finite = all_finite((here.tape.value, before.tape.value, measured))
+        result = jax.lax.cond(
+            finite,
+            lambda factors: refresh(
+                settings, layout, factors, measured, here, state.metrics.curvature_updates == 0
+            ),
+            lambda factors: Refreshed(factors, *_none_accepted(layout)),
+            state.factors,
+        )
+    return result.factors, _count(state.metrics, finite, result)
 
 
-def _count(metrics: KBFGSMetrics, allow: jax.Array, result: Refreshed) -> KBFGSMetrics:
+def _none_accepted(layout: Layout) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(layout.blocks, bool), jnp.zeros(layout.blocks, bool)
+
+
+def _count(metrics: KBFGSMetrics, finite: jax.Array, result: Refreshed) -> KBFGSMetrics:
     """Adds one refresh to the counters."""
     input_accepted = jnp.sum(result.input_accepted, dtype=jnp.int32)
     output_accepted = jnp.sum(result.output_accepted, dtype=jnp.int32)
-    blocks = jnp.where(allow, result.input_accepted.size, 0)
+    blocks = jnp.where(finite, result.input_accepted.size, 0)
     return metrics._replace(
-        curvature_updates=metrics.curvature_updates + allow.astype(jnp.int32),
+        curvature_updates=metrics.curvature_updates + finite.astype(jnp.int32),
         input_pairs_accepted=metrics.input_pairs_accepted + input_accepted,
         input_pairs_rejected=metrics.input_pairs_rejected + blocks - input_accepted,
         output_pairs_accepted=metrics.output_pairs_accepted + output_accepted,
@@ -325,34 +336,10 @@ def _count(metrics: KBFGSMetrics, allow: jax.Array, result: Refreshed) -> KBFGSM
     )
 
 
-def _refresh_when_due(
-    update_factors: Callable[..., tuple[KBFGSFactors, KBFGSMetrics]],
-    layer_pass: _LayerPass,
-    state: ScaleByKBFGSState,
-    params: chex.ArrayTree,
-    finite: jax.Array,
-    update_every: int,
-) -> tuple[KBFGSFactors, KBFGSMetrics]:
-    """Refreshes at every `update_every`-th step, and skips all of its work at the others."""
-    # Outside the branch the pass at the present parameters is the caller's own gradient; where
-    # XLA cannot see that, it belongs inside.
-    shared = layer_pass(params) if layer_pass.merges else None
-
-    def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
-        here = layer_pass(params) if shared is None else shared
-        before = layer_pass(state.previous_params)
-        return update_factors(here, params, before, state, finite)
-
-    if update_every == 1:
-        return due(state)
-    is_due = finite & (state.count % update_every == 0)
-    return jax.lax.cond(is_due, due, lambda state: (state.factors, state.metrics), state)
-
-
 def _direction(
     layers: Layers, layout: Layout, factors: KBFGSFactors, momentum: chex.ArrayTree
 ) -> dict[int, jax.Array]:
-    """``H_g M H_a`` for every leaf in a layer."""
+    """``H_a M H_g`` for every leaf in a layer."""
     leaves = jax.tree.leaves(momentum)
     with jax.named_scope("kbfgs_precondition"):
         matrices = [replicate(layer.to_matrix(leaves)) for layer in layers.layers]
@@ -364,7 +351,7 @@ def _direction(
 
 
 def _merge(
-    layers: Layers, direction: dict[int, jax.Array], rest: chex.ArrayTree, params: chex.ArrayTree
+    direction: dict[int, jax.Array], rest: chex.ArrayTree, params: chex.ArrayTree
 ) -> chex.ArrayTree:
     """Joins the directions of layers and of the rest, typed and sharded like the parameters."""
     leaves, structure = jax.tree.flatten(params)
@@ -434,7 +421,7 @@ def kbfgs(
 ) -> optax.GradientTransformationExtraArgs:
     r"""K-BFGS, and K-BFGS(L) with ``memory_size``: a Kronecker-factored quasi-Newton optimizer.
 
-    .. math:: \theta_{k+1} = \theta_k - \alpha\, H_g M H_a
+    .. math:: \theta_{k+1} = \theta_k - \alpha\, H_a M H_g
 
     for the weights of every linear layer; see `scale_by_kbfgs` for the factors and for all
     hyperparameters that are not listed here. The paper of 2020 is::

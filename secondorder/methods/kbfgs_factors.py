@@ -1,6 +1,6 @@
 r"""The Kronecker factors of K-BFGS: their state, their update and their use.
 
-For a layer ``h = W a`` with ``A`` the second moment of the inputs and ``G`` the Hessian with
+For a layer ``h = a W`` with ``A`` the second moment of the inputs and ``G`` the Hessian with
 respect to the outputs, ``H_a`` follows ``(A + \lambda_A I)^{-1}`` and ``H_g`` follows the damped
 ``G^{-1}``, each by BFGS.
 
@@ -138,33 +138,26 @@ def _input_product(inverse: jax.Array, rows: jax.Array) -> jax.Array:
     return rows * inverse[:, None, :] if inverse.ndim == 2 else _matmul(rows, inverse)
 
 
-def _output_product(inverse: OutputInverse, columns: jax.Array) -> jax.Array:
-    """``H_g V`` for ``(stack, outputs, k)``, by whichever form of a memory costs less."""
-    if not isinstance(inverse, kf.InverseMemory):
-        return _matmul(inverse, columns)
-    (_, pairs, outputs), k = inverse.s.shape, columns.shape[2]
-    dense = 4 * pairs * outputs**2 + 2 * outputs**3 + 2 * outputs**2 * k
-    if dense < 8 * pairs * outputs * k + 4 * pairs**2 * k:
-        return _matmul(jax.vmap(kf.inverse_matrix)(inverse), columns)
-    return jax.vmap(kf.inverse_product)(inverse, columns)
-
-
-def _output_row_product(inverse: OutputInverse, rows: jax.Array) -> jax.Array:
-    """``V H_g`` for the rows ``(stack, k, outputs)`` of a group; ``H_g`` is symmetric."""
+def _output_product(inverse: OutputInverse, rows: jax.Array) -> jax.Array:
+    """``V H_g`` for the rows ``(stack, k, outputs)``, by whichever form of a memory costs less."""
     if not isinstance(inverse, kf.InverseMemory):
         return _matmul(rows, inverse)
-    return jnp.swapaxes(_output_product(inverse, jnp.swapaxes(rows, 1, 2)), 1, 2)
+    (_, pairs, outputs), k = inverse.s.shape, rows.shape[1]
+    dense = 4 * pairs * outputs**2 + 2 * outputs**3 + 2 * outputs**2 * k
+    if dense < 8 * pairs * outputs * k + 4 * pairs**2 * k:
+        return _matmul(rows, jax.vmap(kf.inverse_matrix)(inverse))
+    return jax.vmap(kf.inverse_product)(inverse, rows)
 
 
 def precondition(
     factors: KBFGSFactors, layout: Layout, matrices: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """``H_g M H_a`` for every layer.
+    """``H_a M H_g`` for every layer.
 
     Args:
       factors: The factors.
       layout: The layers.
-      matrices: For each layer ``M``, ``(blocks, outputs, inputs)``.
+      matrices: For each layer ``M``, ``(blocks, inputs, outputs)``.
 
     Returns:
       For each layer the product.
@@ -172,8 +165,9 @@ def precondition(
     products = []
     for index, stacked in enumerate(layout.join(matrices)):
         inverse = factors.input_inverses[index]
-        product = _input_product(inverse, stacked.astype(inverse.dtype))
-        products.append(_output_product(factors.output_inverses[index], product))
+        stacked = stacked.astype(inverse.dtype)
+        scaled = inverse[:, :, None] * stacked if inverse.ndim == 2 else _matmul(inverse, stacked)
+        products.append(_output_product(factors.output_inverses[index], scaled))
     return layout.split(products)
 
 
@@ -221,20 +215,23 @@ def measure(
       The measurement.
     """
     present, past = _output_means(here, params), _output_means(before, previous_params)
-    differences = [new - old for new, old in zip(present, past, strict=True)]
+    differences = [
+        jnp.stack([new - old for new, old in zip(*points, strict=True)], axis=1)
+        for points in zip(present, past, strict=True)
+    ]
     shares = [_split_damping(settings, traced, here) for traced in here.traced]
     means = [replicate(statistics.mean_input(traced, here.tape, 2)) for traced in here.traced]
     return Measurement(
         mean_inputs=layout.join(means),
         differences=layout.join(differences),
-        mean_cotangents=[rows[:, 1] for rows in layout.join(present)],
+        mean_cotangents=layout.join([cotangent for _, cotangent in present]),
         input_damping=concatenate(layout.join([share[0] for share in shares])),
         output_damping=concatenate(layout.join([share[1] for share in shares])),
     )
 
 
-def _output_means(point: Pass, params: chex.ArrayTree) -> list[jax.Array]:
-    """For each layer the mean output and the mean cotangent at one point, as two rows."""
+def _output_means(point: Pass, params: chex.ArrayTree) -> list[tuple[jax.Array, jax.Array]]:
+    """For each layer the mean output and the mean cotangent at one point."""
     leaves = jax.tree.leaves(params)
     means = []
     for traced in point.traced:
@@ -243,7 +240,7 @@ def _output_means(point: Pass, params: chex.ArrayTree) -> list[jax.Array]:
         if layer.bias is not None and layer.bias_view is not None:
             output += replicate(layer.bias_view.apply(leaves[layer.bias])).astype(output.dtype)
         cotangent = statistics.mean_cotangent(traced, point.tape, point.batch_size)
-        means.append(jnp.stack([output, replicate(cotangent)], axis=1))
+        means.append((output, replicate(cotangent)))
     return means
 
 
@@ -275,7 +272,6 @@ def refresh(
     measured: Measurement,
     here: Pass,
     first: jax.Array,
-    allow: jax.Array,
 ) -> Refreshed:
     """Updates both inverses of every layer with one pair each.
 
@@ -286,21 +282,23 @@ def refresh(
       measured: The measurement of the batch.
       here: The pass at the present parameters.
       first: Whether this is the first refresh, a boolean scalar.
-      allow: Whether the batch may change anything, a boolean scalar.
 
     Returns:
-      The new factors; exactly the old ones where ``allow`` is false.
+      The new factors.
     """
     # Input side: the second moment, an exact inverse at the start, then Hessian-action BFGS.
-    moments = _update_moments(settings, layout, factors, here, first, allow)
-    inverses = _start_inputs(layout, factors, moments, measured, here, first, allow)
+    moments = _update_moments(settings, layout, factors, here, first)
+    inverses = _start_inputs(layout, factors, moments, measured, here, first)
     inverses, input_accepted = _update_inputs(
-        settings, layout, inverses, moments, measured, here, allow
+        settings, layout, inverses, moments, measured, here
     )
     # Output side: the pair along the step, averaged and damped, then BFGS or L-BFGS.
-    pairs = _update_pairs(settings, factors, measured, allow)
+    pairs = tuple(
+        kf.ema(old, new, settings.pair_decay)
+        for old, new in zip(factors.pairs, measured.differences, strict=True)
+    )
     output_inverses, output_accepted = _update_outputs(
-        settings, layout, factors.output_inverses, pairs, measured, allow
+        settings, layout, factors.output_inverses, pairs, measured
     )
     return Refreshed(
         KBFGSFactors(inverses, moments, output_inverses, pairs), input_accepted, output_accepted
@@ -313,7 +311,6 @@ def _update_moments(
     factors: KBFGSFactors,
     here: Pass,
     first: jax.Array,
-    allow: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     """The moving averages of ``A``, which start from the first batch's."""
     result: list[jax.Array | None] = []
@@ -322,9 +319,7 @@ def _update_moments(
             result.append(None)
             continue
         present = _moment(group, here)
-        decay = jnp.where(first, 0, settings.moment_decay)
-        usable = allow & jnp.isfinite(jnp.sum(present))
-        result.append(jnp.where(usable, kf.ema(old, present, decay), old))
+        result.append(kf.ema(old, present, jnp.where(first, 0, settings.moment_decay)))
     return tuple(result)
 
 
@@ -343,7 +338,6 @@ def _start_inputs(
     measured: Measurement,
     here: Pass,
     first: jax.Array,
-    allow: jax.Array,
 ) -> list[jax.Array]:
     """The input inverses to update: exact ones at the start and where ``A`` is diagonal."""
     dense = [i for i, group in enumerate(layout.groups) if not group.diagonal_input]
@@ -358,13 +352,11 @@ def _start_inputs(
         return kf.damped_inverses(matrices, [dampings[i] for i in dense])
 
     old = [factors.input_inverses[i] for i in dense]
-    started = jax.lax.cond(first & allow, exact, lambda inverses: inverses, old) if dense else []
+    started = jax.lax.cond(first, exact, lambda inverses: inverses, old) if dense else []
     inverses = dict(zip(dense, started, strict=True))
     for i, moment in enumerate(moments):
         if i not in inverses and moment is not None:
-            inverses[i] = jnp.where(
-                allow, 1 / (moment + dampings[i][:, None]), factors.input_inverses[i]
-            )
+            inverses[i] = 1 / (moment + dampings[i][:, None])
     return [inverses[i] for i in range(len(layout.groups))]
 
 
@@ -375,7 +367,6 @@ def _update_inputs(
     moments: Sequence[jax.Array | None],
     measured: Measurement,
     here: Pass,
-    allow: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
     bases = []
@@ -387,48 +378,42 @@ def _update_inputs(
         bases.append(jnp.concatenate([step, product, *again], axis=1))
 
     def change(
-        gram: jax.Array, damping: jax.Array, reference: jax.Array
+        gram: jax.Array, scale: jax.Array, damping: jax.Array, reference: jax.Array
     ) -> tuple[kf.Change, jax.Array]:
         inner = kf.gram_product(gram)
         s, a_s, hs, h_a_s = jnp.eye(8, dtype=gram.dtype)[::2]
+        a_s, h_a_s = scale * a_s, scale * h_a_s
         pair = kf.Pair(s, a_s + damping * s)
-        accept = allow & kf.accept_pair(pair, reference, settings.acceptance, inner)
+        accept = kf.accept_pair(pair, reference, settings.acceptance, inner)
         norm = jnp.sqrt(jnp.where(accept, inner(*pair), 1))
         hy = (h_a_s + damping * hs) / norm
         return kf.bfgs_change(kf.normalize_pair(pair, accept, inner), hy, inner), accept
 
     references = _norms(settings, [rows[:, 0] for rows in measured.mean_inputs])
-    changes, accept = jax.vmap(change)(_grams(bases), measured.input_damping, references)
+    summed = 1 / here.batch_size  # what turns the minibatch's sum into the moment
+    scales = [
+        jnp.full(group.stack, summed if moment is None else 1.0, rows.dtype)
+        for group, moment, rows in zip(layout.groups, moments, bases, strict=True)
+    ]
+    changes, accept = _map_blocks(
+        change, _grams(bases), concatenate(scales), measured.input_damping, references
+    )
     return _apply_changes(layout, inverses, bases, changes), accept
 
 
 def _moment_product(
     group: Group, moment: jax.Array | None, rows: jax.Array, here: Pass
 ) -> jax.Array:
-    """``V A`` for the rows of a group, with the average of ``A`` or with the current batch's."""
+    """``V A`` with the average of ``A`` of a group, or ``m V A`` with the current batch's."""
     if moment is not None:
         return _input_product(moment, rows)
     start, products = 0, []
     for member, size in zip(group.members, group.sizes, strict=True):
         products.append(
-            statistics.moment_product(
-                here.traced[member], here.tape, rows[start : start + size], here.batch_size
-            )
+            statistics.sum_product(here.traced[member], here.tape, rows[start : start + size])
         )
         start += size
     return replicate(concatenate(products))
-
-
-def _update_pairs(
-    settings: Settings, factors: KBFGSFactors, measured: Measurement, allow: jax.Array
-) -> tuple[jax.Array, ...]:
-    """The averages of the pairs along the steps; blocks whose pair is not finite keep theirs."""
-    result = []
-    for old, difference in zip(factors.pairs, measured.differences, strict=True):
-        usable = allow & jnp.isfinite(jnp.sum(difference, axis=(1, 2), keepdims=True))
-        averaged = kf.ema(old, difference, settings.pair_decay)
-        result.append(jnp.where(usable, averaged, old))
-    return tuple(result)
 
 
 def _update_outputs(
@@ -437,14 +422,13 @@ def _update_outputs(
     inverses: Sequence[OutputInverse],
     pairs: Sequence[jax.Array],
     measured: Measurement,
-    allow: jax.Array,
 ) -> tuple[tuple[OutputInverse, ...], jax.Array]:
     """BFGS or L-BFGS with the averaged pairs, damped and gated."""
     bases = []
     for inverse, rows in zip(inverses, pairs, strict=True):
         # Rows: s, y, H s, H y, H H s, H H y.
-        once = _output_row_product(inverse, rows)
-        twice = _output_row_product(inverse, once)
+        once = _output_product(inverse, rows)
+        twice = _output_product(inverse, once)
         bases.append(jnp.concatenate([rows, once, twice], axis=1))
 
     def damp(
@@ -460,18 +444,33 @@ def _update_outputs(
             rule=settings.pair_damping,
             inner=inner,
         )
-        accept = allow & kf.accept_pair(pair, reference, settings.acceptance, inner)
+        accept = kf.accept_pair(pair, reference, settings.acceptance, inner)
         pair = kf.normalize_pair(pair, accept, inner)
         # Multiplying by H moves every coefficient to the next power of H.
         return pair, kf.bfgs_change(pair, jnp.roll(pair.y, 2), inner), accept
 
     references = _norms(settings, measured.mean_cotangents)
-    damped, changes, accept = jax.vmap(damp)(_grams(bases), measured.output_damping, references)
+    damped, changes, accept = _map_blocks(
+        damp, _grams(bases), measured.output_damping, references
+    )
     dense = [inverse for inverse in inverses if not isinstance(inverse, kf.InverseMemory)]
     if dense:
         return _apply_changes(layout, dense, bases, changes), accept
     memories = [inverse for inverse in inverses if isinstance(inverse, kf.InverseMemory)]
     return _push_pairs(layout, memories, bases, damped, accept), accept
+
+
+def _map_blocks(function: Any, grams: jax.Array, *arguments: jax.Array) -> Any:
+    """Maps the algebra of a pair over all blocks.
+
+    In a branch that is taken whenever anything is finite: XLA would otherwise repeat these scalar
+    operations inside each of the many kernels that use one of their results.
+    """
+    mapped = jax.vmap(function)
+    shapes = jax.eval_shape(mapped, grams, *arguments)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    any_finite = jnp.any(jnp.isfinite(grams[:, 0, 0]))
+    return jax.lax.cond(any_finite, mapped, lambda *_: zeros, grams, *arguments)
 
 
 def _grams(bases: Sequence[jax.Array]) -> jax.Array:
