@@ -71,21 +71,20 @@ def mean_input(traced: TracedLayer, tape: Tape, copies: int = 1) -> jax.Array:
     return pull_back(weights)[0]
 
 
-def input_frequencies(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
-    """The diagonal of the second moment of an embedding's one-hot inputs.
+def input_counts(traced: TracedLayer, tape: Tape) -> jax.Array:
+    """The diagonal of the Gram matrix of an embedding's one-hot inputs.
 
     Args:
       traced: An embedding and its uses.
       tape: A probed pass.
-      batch_size: Number of examples ``m``.
 
     Returns:
-      How often each row was looked up, per example: ``(stack, inputs)``.
+      How often each row was looked up: ``(stack, inputs)``.
     """
-    return mean_input(traced, tape)[:, 0] * (traced.positions / batch_size)
+    return mean_input(traced, tape)[:, 0] * traced.positions
 
 
-def sum_product(traced: TracedLayer, tape: Tape, rows: jax.Array) -> jax.Array:
+def gram_product(traced: TracedLayer, tape: Tape, rows: jax.Array) -> jax.Array:
     r"""The second moment of the inputs times vectors, times ``m``, without forming the moment.
 
     .. math:: m A v = \sum_{n,t} a_{nt} (a_{nt}^\top v)
@@ -102,19 +101,18 @@ def sum_product(traced: TracedLayer, tape: Tape, rows: jax.Array) -> jax.Array:
     return pull_back(products)[0]
 
 
-def second_moment(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
-    r"""The second moment of the inputs, :math:`A = \frac1m \sum_{n,t} a_{nt} a_{nt}^\top`.
+def input_gram(traced: TracedLayer, tape: Tape) -> jax.Array:
+    r"""The second moment of the inputs, times ``m``: :math:`\sum_{n,t} a_{nt} a_{nt}^\top`.
 
     Args:
       traced: The layer and its uses, not an embedding.
       tape: A probed pass.
-      batch_size: Number of examples ``m``.
 
     Returns:
       ``(stack, inputs, inputs)``.
     """
     grams = [_gram(_homogeneous_inputs(traced, use, tape)) for use in traced.uses]
-    return sum(grams[1:], start=grams[0]) / batch_size
+    return sum(grams[1:], start=grams[0])
 
 
 def _gram(rows: jax.Array) -> jax.Array:

@@ -224,7 +224,7 @@ def scale_by_kbfgs(
         # A pass at the present parameters is the caller's own gradient, if XLA can see both.
         here = layer_pass(params) if layer_pass.merges else None
 
-        def step(state: ScaleByKBFGSState) -> tuple[chex.ArrayTree, ScaleByKBFGSState]:
+        def accepted(state: ScaleByKBFGSState) -> tuple[ScaleByKBFGSState, jax.Array]:
             # 1. Momentum.
             averaged = _momentum(state.momentum, updates, momentum, momentum_form)
 
@@ -238,32 +238,36 @@ def scale_by_kbfgs(
             if update_every == 1:
                 factors, metrics = due(state)
             else:
-                factors, metrics = jax.lax.cond(
-                    state.count % update_every == 0, due, not_due, state
-                )
-
-            # 3. Direction: H_a M H_g for each layer, the fallback for the rest.
-            used = factors if refresh_order == "before" else state.factors
-            direction = _direction(layers, layout, used, averaged)
-            rest, fallback_state = others.update(
-                averaged if fallback is None else updates, state.fallback, params, **extra_args
-            )
-            return _merge(direction, rest, params), ScaleByKBFGSState(
+                is_due = state.count % update_every == 0
+                factors, metrics = jax.lax.cond(is_due, due, not_due, state)
+            return ScaleByKBFGSState(
                 count=optax.safe_increment(state.count),
                 momentum=averaged,
                 previous_params=params,
                 factors=factors,
-                fallback=fallback_state,
+                fallback=state.fallback,
                 metrics=metrics,
-            )
+            ), jnp.asarray(True)
 
-        def skip(state: ScaleByKBFGSState) -> tuple[chex.ArrayTree, ScaleByKBFGSState]:
+        def rejected(state: ScaleByKBFGSState) -> tuple[ScaleByKBFGSState, jax.Array]:
             count = state.metrics.nonfinite_steps + 1
             metrics = state.metrics._replace(nonfinite_steps=count)
-            return jax.tree.map(jnp.zeros_like, params), state._replace(metrics=metrics)
+            return state._replace(metrics=metrics), jnp.asarray(False)
 
         # A batch that is not finite changes nothing but a counter.
-        return jax.lax.cond(all_finite((updates, value)), step, skip, state)
+        finite = all_finite((updates, value))
+        new_state, moves = jax.lax.cond(finite, accepted, rejected, state)
+
+        # 3. Direction: H_a M H_g for each layer, the fallback for the rest.
+        factors = new_state.factors if refresh_order == "before" else state.factors
+        direction = _direction(layers, layout, factors, new_state.momentum)
+        rest = new_state.momentum
+        if fallback is not None:
+            rest, fallback_state = others.update(updates, state.fallback, params, **extra_args)
+            fallback_state = _select(moves, fallback_state, state.fallback)
+            new_state = new_state._replace(fallback=fallback_state)
+        direction = _merge(direction, rest, params)
+        return _select(moves, direction, jax.tree.map(jnp.zeros_like, direction)), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -281,6 +285,11 @@ class _LayerPass:
 
     def __call__(self, params: chex.ArrayTree) -> Pass:
         return Pass(self.traced, record(self.discovery, params), self.batch_size)
+
+
+def _select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """`jnp.where` on pytrees."""
+    return jax.tree.map(functools.partial(jnp.where, condition), on_true, on_false)
 
 
 def _momentum(
@@ -306,7 +315,9 @@ def _refresh(
     before = layer_pass(state.previous_params)
     with jax.named_scope("kbfgs_refresh"):
         measured = measure(settings, layout, here, params, before, state.previous_params)
-        finite = all_finite((here.tape.value, before.tape.value, measured))
+        finite = all_finite(
+            (here.tape.value, before.tape.value, here.tape.operands, measured.differences)
+        )
         result = jax.lax.cond(
             finite,
             lambda factors: refresh(

@@ -133,6 +133,11 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 
+def _matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``A B^T`` for each block, without transposing anything."""
+    return jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=_HIGHEST)
+
+
 def _input_product(inverse: jax.Array, rows: jax.Array) -> jax.Array:
     """``V H_a`` for the rows ``(stack, k, inputs)`` of a group."""
     return rows * inverse[:, None, :] if inverse.ndim == 2 else _matmul(rows, inverse)
@@ -178,7 +183,6 @@ class Measurement(NamedTuple):
     """What a batch says about the layers.
 
     Attributes:
-      mean_inputs: For each group two equal rows, ``(stack, 2, inputs)``.
       differences: For each group the differences of the mean outputs and of the mean cotangents
         between the two points, as two rows, ``(stack, 2, outputs)``.
       mean_cotangents: For each group ``(stack, outputs)``.
@@ -186,7 +190,6 @@ class Measurement(NamedTuple):
       output_damping: The output factors' shares, for all blocks.
     """
 
-    mean_inputs: list[jax.Array]
     differences: list[jax.Array]
     mean_cotangents: list[jax.Array]
     input_damping: jax.Array
@@ -220,9 +223,7 @@ def measure(
         for points in zip(present, past, strict=True)
     ]
     shares = [_split_damping(settings, traced, here) for traced in here.traced]
-    means = [replicate(statistics.mean_input(traced, here.tape, 2)) for traced in here.traced]
     return Measurement(
-        mean_inputs=layout.join(means),
         differences=layout.join(differences),
         mean_cotangents=layout.join([cotangent for _, cotangent in present]),
         input_damping=concatenate(layout.join([share[0] for share in shares])),
@@ -318,17 +319,15 @@ def _update_moments(
         if old is None:
             result.append(None)
             continue
-        present = _moment(group, here)
+        present = _gram_of_inputs(group, here) / here.batch_size
         result.append(kf.ema(old, present, jnp.where(first, 0, settings.moment_decay)))
     return tuple(result)
 
 
-def _moment(group: Group, here: Pass) -> jax.Array:
-    """The current batch's ``A`` of a group, or its diagonal for embeddings."""
-    form = statistics.input_frequencies if group.diagonal_input else statistics.second_moment
-    return replicate(
-        concatenate([form(here.traced[m], here.tape, here.batch_size) for m in group.members])
-    )
+def _gram_of_inputs(group: Group, here: Pass) -> jax.Array:
+    """The current batch's ``m A`` of a group, or its diagonal for embeddings."""
+    form = statistics.input_counts if group.diagonal_input else statistics.input_gram
+    return replicate(concatenate([form(here.traced[m], here.tape) for m in group.members]))
 
 
 def _start_inputs(
@@ -345,11 +344,14 @@ def _start_inputs(
 
     def exact(_: Any) -> list[jax.Array]:
         known = [moments[i] for i in dense]
+        scale = 1 if known[0] is not None else here.batch_size
         matrices = [
-            _moment(layout.groups[i], here) if moment is None else moment
+            _gram_of_inputs(layout.groups[i], here) if moment is None else moment
             for i, moment in zip(dense, known, strict=True)
         ]
-        return kf.damped_inverses(matrices, [dampings[i] for i in dense])
+        # (A + l I)^-1 = m (m A + m l I)^-1
+        inverses = kf.damped_inverses(matrices, [scale * dampings[i] for i in dense])
+        return [scale * inverse for inverse in inverses]
 
     old = [factors.input_inverses[i] for i in dense]
     started = jax.lax.cond(first, exact, lambda inverses: inverses, old) if dense else []
@@ -369,10 +371,13 @@ def _update_inputs(
     here: Pass,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
+    mean_inputs = layout.join(
+        [replicate(statistics.mean_input(traced, here.tape, 2)) for traced in here.traced]
+    )
     bases = []
     for i, group in enumerate(layout.groups):
         # Rows, each twice: s, A s, H s, H A s.
-        step = _input_product(inverses[i], measured.mean_inputs[i])
+        step = _input_product(inverses[i], mean_inputs[i])
         product = _moment_product(group, moments[i], step, here)
         again = [_input_product(inverses[i], rows) for rows in (step, product)]
         bases.append(jnp.concatenate([step, product, *again], axis=1))
@@ -389,7 +394,7 @@ def _update_inputs(
         hy = (h_a_s + damping * hs) / norm
         return kf.bfgs_change(kf.normalize_pair(pair, accept, inner), hy, inner), accept
 
-    references = _norms(settings, [rows[:, 0] for rows in measured.mean_inputs])
+    references = _norms(settings, [rows[:, 0] for rows in mean_inputs])
     summed = 1 / here.batch_size  # what turns the minibatch's sum into the moment
     scales = [
         jnp.full(group.stack, summed if moment is None else 1.0, rows.dtype)
@@ -410,7 +415,7 @@ def _moment_product(
     start, products = 0, []
     for member, size in zip(group.members, group.sizes, strict=True):
         products.append(
-            statistics.sum_product(here.traced[member], here.tape, rows[start : start + size])
+            statistics.gram_product(here.traced[member], here.tape, rows[start : start + size])
         )
         start += size
     return replicate(concatenate(products))
@@ -475,7 +480,7 @@ def _map_blocks(function: Any, grams: jax.Array, *arguments: jax.Array) -> Any:
 
 def _grams(bases: Sequence[jax.Array]) -> jax.Array:
     """The Gram matrices of the rows of all blocks."""
-    return concatenate([_matmul(rows, jnp.swapaxes(rows, 1, 2)) for rows in bases])
+    return concatenate([_matmul_transposed(rows, rows) for rows in bases])
 
 
 def _norms(settings: Settings, vectors: Sequence[jax.Array]) -> jax.Array:
@@ -519,7 +524,7 @@ def _push_pairs(
     """Appends a pair to the memory of every block."""
     vectors = _combine(layout, bases, pairs.s, pairs.y)
     projections = [
-        _matmul(memory.s, jnp.swapaxes(rows, 1, 2))
+        _matmul_transposed(memory.s, rows)
         for memory, rows in zip(memories, vectors, strict=True)
     ]
     books, slots = jax.vmap(kf.extend_triangle)(
