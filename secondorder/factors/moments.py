@@ -34,9 +34,9 @@ def damped_inverse(matrix: jax.Array, damping: ArrayLike) -> jax.Array:
 
 
 def damped_inverses(
-    matrices: Sequence[jax.Array], dampings: Sequence[jax.Array]
+    matrices: Sequence[jax.Array], dampings: Sequence[jax.Array], divisor: ArrayLike = 1
 ) -> list[jax.Array]:
-    """Returns ``(M + λI)⁻¹`` for stacks of matrices of different sizes.
+    """Returns ``(M/m + λI)⁻¹`` for stacks of matrices of different sizes.
 
     The matrices are padded to the largest and inverted as one batch: one factorization to compile
     instead of one for each size.
@@ -44,6 +44,7 @@ def damped_inverses(
     Args:
       matrices: stacks (S, n, n) of symmetric positive semidefinite matrices; ``n`` may differ.
       dampings: ``λ`` for each matrix of each stack, (S,), positive.
+      divisor: ``m``, such as the number of examples that the matrices are sums over.
 
     Returns:
       Stacks like ``matrices``; the identity in place of an inverse that is not finite.
@@ -61,7 +62,7 @@ def damped_inverses(
         return jnp.pad(matrix, ((0, 0), margin, margin))
 
     inverses = jax.vmap(damped_inverse)(
-        jnp.concatenate([padded(matrix) for matrix in matrices]),
+        jnp.concatenate([padded(matrix) for matrix in matrices]) / divisor,
         jnp.concatenate(list(dampings)).astype(matrices[0].dtype),
     )
     finite = jnp.isfinite(jnp.sum(inverses, axis=(1, 2), keepdims=True))

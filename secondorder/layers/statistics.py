@@ -13,14 +13,37 @@ given, mean or sum, and a dense layer is a convolution with one position. The fa
 mean objective is already inside the cotangents.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from secondorder.layers import uses as use_forms
 from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+
+Rows: TypeAlias = Sequence[jax.Array]
+
+
+def dense_rows(traced: TracedLayer, tape: Tape) -> Rows:
+    """The homogeneous inputs of a dense layer, to be computed once and used many times.
+
+    Args:
+      traced: The layer and its uses.
+      tape: A probed pass.
+
+    Returns:
+      For each use ``(stack, positions, inputs)``; nothing for other kinds of layers, whose inputs
+      are not formed.
+    """
+    if traced.layer.kind != use_forms.DENSE:
+        return ()
+    return [_homogeneous_inputs(traced, use, tape) for use in traced.uses]
 
 
 def _homogeneous_inputs(traced: TracedLayer, use: use_forms.Use, tape: Tape) -> jax.Array:
@@ -31,17 +54,20 @@ def _homogeneous_inputs(traced: TracedLayer, use: use_forms.Use, tape: Tape) -> 
     return jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
 
 
-def _project(traced: TracedLayer, tape: Tape, rows: jax.Array) -> list[jax.Array]:
+def _project(
+    traced: TracedLayer, tape: Tape, inputs: Rows | None, rows: jax.Array
+) -> list[jax.Array]:
     """Inner products of all homogeneous inputs with ``(stack, k, inputs)``, use by use."""
     width = traced.layer.weight_view.shape[1]
+    if traced.layer.kind == use_forms.DENSE:
+        # Written out: in this order neither the product nor its adjoint transposes anything.
+        contract = (((2,), (2,)), ((0,), (0,)))
+        return [
+            jax.lax.dot_general(rows, array, contract, precision=_HIGHEST)
+            for array in inputs or dense_rows(traced, tape)
+        ]
     products = []
     for use in traced.uses:
-        if use.kind == use_forms.DENSE:
-            inputs = _homogeneous_inputs(traced, use, tape)
-            # Written out: in this order neither the product nor its adjoint transposes anything.
-            contract = (((2,), (2,)), ((0,), (0,)))
-            products.append(jax.lax.dot_general(rows, inputs, contract, precision=_HIGHEST))
-            continue
         product = use_forms.project(use, tape.operands[use.site], rows[..., :width])
         products.append(product if traced.layer.bias is None else product + rows[..., width:])
     return products
@@ -52,7 +78,9 @@ def _dtype(traced: TracedLayer, tape: Tape) -> jnp.dtype:
     return jnp.dtype(use_forms.curvature_dtype(jnp.result_type(*dtypes)))
 
 
-def mean_input(traced: TracedLayer, tape: Tape, copies: int = 1) -> jax.Array:
+def mean_input(
+    traced: TracedLayer, tape: Tape, copies: int = 1, inputs: Rows | None = None
+) -> jax.Array:
     """The mean input over examples and positions.
 
     Args:
@@ -60,13 +88,14 @@ def mean_input(traced: TracedLayer, tape: Tape, copies: int = 1) -> jax.Array:
       tape: A probed pass.
       copies: How many equal rows to return. With two or more the products that follow are of
         matrices, which compile to library calls.
+      inputs: `dense_rows`, if known.
 
     Returns:
       ``(stack, copies, inputs)``; the homogeneous coordinate of a bias is one.
     """
     layer = traced.layer
     rows = jnp.zeros((layer.stack, copies, layer.inputs), _dtype(traced, tape))
-    products, pull_back = jax.vjp(lambda rows: _project(traced, tape, rows), rows)
+    products, pull_back = jax.vjp(lambda rows: _project(traced, tape, inputs, rows), rows)
     weights = [jnp.full_like(product, 1 / traced.positions) for product in products]
     return pull_back(weights)[0]
 
@@ -84,7 +113,9 @@ def input_counts(traced: TracedLayer, tape: Tape) -> jax.Array:
     return mean_input(traced, tape)[:, 0] * traced.positions
 
 
-def gram_product(traced: TracedLayer, tape: Tape, rows: jax.Array) -> jax.Array:
+def gram_product(
+    traced: TracedLayer, tape: Tape, rows: jax.Array, inputs: Rows | None = None
+) -> jax.Array:
     r"""The second moment of the inputs times vectors, times ``m``, without forming the moment.
 
     .. math:: m A v = \sum_{n,t} a_{nt} (a_{nt}^\top v)
@@ -93,26 +124,28 @@ def gram_product(traced: TracedLayer, tape: Tape, rows: jax.Array) -> jax.Array:
       traced: The layer and its uses.
       tape: A probed pass.
       rows: The vectors, ``(stack, k, inputs)``.
+      inputs: `dense_rows`, if known.
 
     Returns:
       ``(stack, k, inputs)``.
     """
-    products, pull_back = jax.vjp(lambda v: _project(traced, tape, v), rows)
+    products, pull_back = jax.vjp(lambda v: _project(traced, tape, inputs, v), rows)
     return pull_back(products)[0]
 
 
-def input_gram(traced: TracedLayer, tape: Tape) -> jax.Array:
+def input_gram(traced: TracedLayer, tape: Tape, inputs: Rows | None = None) -> jax.Array:
     r"""The second moment of the inputs, times ``m``: :math:`\sum_{n,t} a_{nt} a_{nt}^\top`.
 
     Args:
       traced: The layer and its uses, not an embedding.
       tape: A probed pass.
+      inputs: `dense_rows`, if known.
 
     Returns:
       ``(stack, inputs, inputs)``.
     """
-    grams = [_gram(_homogeneous_inputs(traced, use, tape)) for use in traced.uses]
-    return sum(grams[1:], start=grams[0])
+    rows = inputs or [_homogeneous_inputs(traced, use, tape) for use in traced.uses]
+    return _total([_gram(array) for array in rows])
 
 
 def _gram(rows: jax.Array) -> jax.Array:
@@ -128,33 +161,36 @@ def _gram(rows: jax.Array) -> jax.Array:
     return gram
 
 
-def mean_output(traced: TracedLayer, tape: Tape) -> jax.Array:
-    """The output over examples and positions, without the bias.
+def output_sums(traced: TracedLayer, tape: Tape) -> jax.Array:
+    """The outputs, without the bias, and their cotangents, summed over examples and positions.
 
     Args:
       traced: The layer and its uses.
       tape: A probed pass.
 
     Returns:
-      ``(stack, outputs)``.
+      Two rows for each block, ``(stack, 2, outputs)``.
     """
-    sums = [use_forms.sum_outputs(use, tape.outputs[use.site]) for use in traced.uses]
-    return sum(sums[1:], start=sums[0]) / traced.positions
+    outputs = _total([use_forms.sum_outputs(u, tape.outputs[u.site]) for u in traced.uses])
+    cotangents = _total([use_forms.sum_outputs(u, tape.cotangents[u.site]) for u in traced.uses])
+    return jnp.stack([outputs, cotangents.astype(outputs.dtype)], axis=1)
 
 
-def mean_cotangent(traced: TracedLayer, tape: Tape, batch_size: int) -> jax.Array:
-    """The cotangent of the outputs, summed over examples and averaged over positions.
+def output_weights(traced: TracedLayer, batch_size: int) -> np.ndarray:
+    r"""The factors that take `output_sums` to :math:`\bar h` and :math:`\bar g`.
 
     Args:
       traced: The layer and its uses.
-      tape: A probed pass.
       batch_size: Number of examples ``m``.
 
     Returns:
-      ``(stack, outputs)``.
+      ``1 / mT`` for the outputs, ``1 / T`` for the cotangents.
     """
-    sums = [use_forms.sum_outputs(use, tape.cotangents[use.site]) for use in traced.uses]
-    return sum(sums[1:], start=sums[0]) * (batch_size / traced.positions)
+    return np.array([1 / traced.positions, batch_size / traced.positions], np.float32)
+
+
+def _total(arrays: Sequence[jax.Array]) -> jax.Array:
+    return sum(arrays[1:], start=arrays[0])
 
 
 def mean_eigenvalues(
@@ -179,13 +215,13 @@ def mean_eigenvalues(
         jnp.sum(use_forms.input_matrix(use, tape.operands[use.site]) ** 2, axis=(1, 2))
         for use in traced.uses
     ]
-    inputs = sum(squares[1:], start=squares[0])
+    inputs = _total(squares)
     if layer.bias is not None:
         inputs = inputs + traced.positions
     cotangents = [
         use_forms.sum_squared_outputs(use, tape.cotangents[use.site]) for use in traced.uses
     ]
-    outputs = sum(cotangents[1:], start=cotangents[0]) * batch_size**2
+    outputs = _total(cotangents) * batch_size**2
     return (
         inputs / (batch_size * layer.inputs),
         outputs / (traced.positions * layer.outputs),

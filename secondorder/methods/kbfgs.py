@@ -25,6 +25,7 @@ from secondorder import factors as kf
 from secondorder.layers.groups import Layout, arrange_layers
 from secondorder.layers.layer import Layers, check_leaves, trace_layers
 from secondorder.layers.probes import record
+from secondorder.layers.statistics import dense_rows
 from secondorder.layers.uses import curvature_dtype
 from secondorder.methods.kbfgs_factors import (
     InputFactor,
@@ -312,6 +313,8 @@ def _refresh(
 ) -> tuple[KBFGSFactors, KBFGSMetrics]:
     """Updates the factors of all layers, unless the batch's curvature is not finite."""
     here = layer_pass(params) if here is None else here
+    rows = (dense_rows(traced, here.tape) for traced in here.traced)
+    here = here._replace(inputs=tuple(rows))
     before = layer_pass(state.previous_params)
     with jax.named_scope("kbfgs_refresh"):
         measured = measure(settings, layout, here, params, before, state.previous_params)

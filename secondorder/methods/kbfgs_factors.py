@@ -67,11 +67,19 @@ class Settings:
 
 
 class Pass(NamedTuple):
-    """One probed pass over a batch: the layers found in its trace, and what was recorded."""
+    """One probed pass over a batch.
+
+    Attributes:
+      traced: The layers, as found in the trace.
+      tape: What was recorded.
+      batch_size: Number of examples.
+      inputs: For each layer the homogeneous inputs where they are formed.
+    """
 
     traced: tuple[TracedLayer, ...]
     tape: Tape
     batch_size: int
+    inputs: tuple[statistics.Rows, ...] = ()
 
 
 class Refreshed(NamedTuple):
@@ -217,32 +225,32 @@ def measure(
     Returns:
       The measurement.
     """
-    present, past = _output_means(here, params), _output_means(before, previous_params)
-    differences = [
-        jnp.stack([new - old for new, old in zip(*points, strict=True)], axis=1)
-        for points in zip(present, past, strict=True)
-    ]
+    leaves, old_leaves = jax.tree.leaves(params), jax.tree.leaves(previous_params)
+    sums = [replicate(statistics.output_sums(traced, here.tape)) for traced in here.traced]
+    differences, cotangents = [], []
+    for traced, present in zip(here.traced, sums, strict=True):
+        past = replicate(statistics.output_sums(traced, before.tape))
+        weights = statistics.output_weights(traced, here.batch_size)[:, None]
+        differences.append((present - past) * weights + _bias_step(traced, leaves, old_leaves))
+        cotangents.append(present[:, 1] * weights[1])
     shares = [_split_damping(settings, traced, here) for traced in here.traced]
     return Measurement(
         differences=layout.join(differences),
-        mean_cotangents=layout.join([cotangent for _, cotangent in present]),
+        mean_cotangents=layout.join(cotangents),
         input_damping=concatenate(layout.join([share[0] for share in shares])),
         output_damping=concatenate(layout.join([share[1] for share in shares])),
     )
 
 
-def _output_means(point: Pass, params: chex.ArrayTree) -> list[tuple[jax.Array, jax.Array]]:
-    """For each layer the mean output and the mean cotangent at one point."""
-    leaves = jax.tree.leaves(params)
-    means = []
-    for traced in point.traced:
-        layer = traced.layer
-        output = replicate(statistics.mean_output(traced, point.tape))
-        if layer.bias is not None and layer.bias_view is not None:
-            output += replicate(layer.bias_view.apply(leaves[layer.bias])).astype(output.dtype)
-        cotangent = statistics.mean_cotangent(traced, point.tape, point.batch_size)
-        means.append((output, replicate(cotangent)))
-    return means
+def _bias_step(
+    traced: TracedLayer, leaves: Sequence[jax.Array], old_leaves: Sequence[jax.Array]
+) -> jax.Array | float:
+    """What the step of the bias adds to the difference, ``(stack, 2, outputs)``."""
+    layer = traced.layer
+    if layer.bias is None or layer.bias_view is None:
+        return 0.0
+    step = layer.bias_view.apply(leaves[layer.bias] - old_leaves[layer.bias])
+    return jnp.pad(replicate(step)[:, None], ((0, 0), (0, 1), (0, 0)))
 
 
 def _split_damping(
@@ -326,8 +334,11 @@ def _update_moments(
 
 def _gram_of_inputs(group: Group, here: Pass) -> jax.Array:
     """The current batch's ``m A`` of a group, or its diagonal for embeddings."""
-    form = statistics.input_counts if group.diagonal_input else statistics.input_gram
-    return replicate(concatenate([form(here.traced[m], here.tape) for m in group.members]))
+    if group.diagonal_input:
+        counts = [statistics.input_counts(here.traced[m], here.tape) for m in group.members]
+        return replicate(concatenate(counts))
+    form = statistics.input_gram
+    return replicate(concatenate([form(here.traced[m], here.tape, inputs=here.inputs[m]) for m in group.members]))
 
 
 def _start_inputs(
@@ -349,9 +360,7 @@ def _start_inputs(
             _gram_of_inputs(layout.groups[i], here) if moment is None else moment
             for i, moment in zip(dense, known, strict=True)
         ]
-        # (A + l I)^-1 = m (m A + m l I)^-1
-        inverses = kf.damped_inverses(matrices, [scale * dampings[i] for i in dense])
-        return [scale * inverse for inverse in inverses]
+        return kf.damped_inverses(matrices, [dampings[i] for i in dense], scale)
 
     old = [factors.input_inverses[i] for i in dense]
     started = jax.lax.cond(first, exact, lambda inverses: inverses, old) if dense else []
@@ -372,7 +381,10 @@ def _update_inputs(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
     mean_inputs = layout.join(
-        [replicate(statistics.mean_input(traced, here.tape, 2)) for traced in here.traced]
+        [
+            replicate(statistics.mean_input(traced, here.tape, 2, inputs))
+            for traced, inputs in zip(here.traced, here.inputs, strict=True)
+        ]
     )
     bases = []
     for i, group in enumerate(layout.groups):
@@ -415,7 +427,12 @@ def _moment_product(
     start, products = 0, []
     for member, size in zip(group.members, group.sizes, strict=True):
         products.append(
-            statistics.gram_product(here.traced[member], here.tape, rows[start : start + size])
+            statistics.gram_product(
+                here.traced[member],
+                here.tape,
+                rows[start : start + size],
+                here.inputs[member],
+            )
         )
         start += size
     return replicate(concatenate(products))
