@@ -5,6 +5,7 @@ between JAX versions; those differences end here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,8 +77,15 @@ def run_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
         for atom, value in zip(equation.invars, operands, strict=True)
         if not is_literal(atom)
     }
-    jaxpr = jex_core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects)
+    names = _debug_info(len(values), len(equation.outvars))
+    jaxpr = jex_core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
     return list(jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*values.values()))
+
+
+@functools.cache
+def _debug_info(arguments: int, results: int) -> Any:
+    """What JAX wants to know of a jaxpr's arguments and results, copied from one with as many."""
+    return jax.make_jaxpr(lambda *_: [0.0] * results)(*[0.0] * arguments).jaxpr.debug_info
 
 
 def rematerialized(equation: Any, function: Callable[..., Any]) -> Callable[..., Any]:
