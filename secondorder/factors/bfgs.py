@@ -65,7 +65,7 @@ def bfgs_change(pair: Pair, hy: jax.Array, inner: InnerProduct = dot) -> Change:
     """Returns the change of ``H`` by a pair, without touching ``H``.
 
     Args:
-      pair: pair with ``sᵀy = 1`` from `normalize_pair`, vectors (n,); the zero pair changes nothing.
+      pair: pair with ``sᵀy = 1`` from `normalize_pair`, vectors (n,); zero changes nothing.
       hy: ``H y`` (n,).
       inner: inner product of the vectors.
 
@@ -78,9 +78,11 @@ def bfgs_change(pair: Pair, hy: jax.Array, inner: InnerProduct = dot) -> Change:
       4.0
     """
     s = pair.s
-    grow, drop = _difference_of_squares(s, (1 + inner(pair.y, hy)) / 2 * s - hy, inner)
+    w = (1 + inner(pair.y, hy)) / 2 * s - hy
+    sizes = inner(s, s), inner(w, w)
     # Far below the largest number, so that no sum of accepted changes gets there either.
-    in_range = inner(grow, grow) + inner(drop, drop) < np.sqrt(np.finfo(s.dtype).max)
+    in_range = sizes[0] * sizes[1] < np.sqrt(np.finfo(s.dtype).max)
+    grow, drop = _difference_of_squares(s, w, *sizes)
     return Change(jnp.where(in_range, grow, 0), jnp.where(in_range, drop, 0))
 
 
@@ -103,12 +105,14 @@ def apply_change(h: jax.Array, change: Change) -> jax.Array:
     return h - (drop[:, None] * drop - grow[:, None] * grow)
 
 
-def _difference_of_squares(u: jax.Array, w: jax.Array, inner: InnerProduct) -> Change:
+def _difference_of_squares(
+    u: jax.Array, w: jax.Array, size_u: jax.Array, size_w: jax.Array
+) -> Change:
     """Returns ``g, d`` with ``u wᵀ + w uᵀ = g gᵀ - d dᵀ``, balanced so that neither is too large.
 
-    With ``t² = ‖w‖ / ‖u‖``: ``g = (t u + w / t) / √2`` and ``d = (t u - w / t) / √2``.
+    With ``t² = ‖w‖ / ‖u‖``: ``g = (t u + w / t) / √2`` and ``d = (t u - w / t) / √2``, so that
+    ``‖g‖² + ‖d‖² = 2 ‖u‖ ‖w‖``; the sizes are squared norms.
     """
-    size_u, size_w = inner(u, u), inner(w, w)
     usable = (size_u > 0) & (size_w > 0)
     ratio = jnp.where(usable, size_w, 1) / jnp.where(usable, size_u, 1)
     t = jnp.sqrt(jnp.sqrt(ratio))

@@ -222,9 +222,7 @@ def accept_pair(
     return jnp.isfinite(curvature) & strong
 
 
-def normalize_pair(
-    pair: Pair, accept: ArrayLike = True, inner: InnerProduct = dot
-) -> Pair:
+def normalize_pair(pair: Pair, accept: ArrayLike = True, inner: InnerProduct = dot) -> Pair:
     """Divides a pair by ``√(sᵀy)``, so that ``sᵀy = 1``; makes it zero if that is impossible.
 
     The zero pair changes no inverse, so one `where` on two vectors is all that a rejected update

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import factors as kf
+from secondorder.checks import check_choice, check_range, check_static_count, is_number
 from secondorder.layers.groups import Layout, arrange_layers
 from secondorder.layers.layer import Layers, check_leaves, trace_layers
 from secondorder.layers.probes import record
@@ -31,14 +32,12 @@ from secondorder.methods.kbfgs_factors import (
     InputFactor,
     KBFGSFactors,
     Pass,
-    Refreshed,
     Settings,
     init_factors,
     measure,
     precondition,
-    refresh,
 )
-from secondorder.checks import check_choice, check_range, check_static_count, is_number
+from secondorder.methods.kbfgs_update import Refreshed, refresh
 from secondorder.objective import all_finite, check_params, check_value_fn
 from secondorder.sharding import replicate, shard_like
 
@@ -79,7 +78,7 @@ class ScaleByKBFGSState(NamedTuple):
       metrics: Counters.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
     momentum: chex.ArrayTree
     previous_params: chex.ArrayTree
     factors: KBFGSFactors
@@ -298,9 +297,7 @@ def _momentum(
 ) -> chex.ArrayTree:
     """The next momentum, in the momentum's dtype."""
     weight = 1 - decay if form == "ema" else 1
-    return jax.tree.map(
-        lambda m, g: (decay * m + weight * g).astype(m.dtype), momentum, gradient
-    )
+    return jax.tree.map(lambda m, g: (decay * m + weight * g).astype(m.dtype), momentum, gradient)
 
 
 def _refresh(

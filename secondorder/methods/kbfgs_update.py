@@ -1,0 +1,327 @@
+r"""One refresh of the Kronecker factors of K-BFGS.
+
+A refresh touches each factor with products of matrices and one elementwise pass only. All vectors
+that a pair can become (``s``, ``y``, ``H s``, ``H y``, ...) are the rows of one small matrix, the
+*basis*; damping, acceptance and the BFGS formula work on coefficients with respect to it, for all
+blocks of the model at once, with inner products read off the Gram matrix of the rows. This is what
+keeps the compiled program, and the time to compile it, small.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder import factors as kf
+from secondorder.checks import is_number
+from secondorder.layers import statistics
+from secondorder.layers.groups import Group, Layout, concatenate
+from secondorder.methods.kbfgs_factors import (
+    KBFGSFactors,
+    Measurement,
+    OutputInverse,
+    Pass,
+    Settings,
+    input_product,
+    matmul,
+    matmul_transposed,
+    output_product,
+)
+from secondorder.sharding import replicate
+
+
+class Refreshed(NamedTuple):
+    """The result of a refresh: the factors, and for each block which pairs were accepted."""
+
+    factors: KBFGSFactors
+    input_accepted: jax.Array
+    output_accepted: jax.Array
+
+
+def refresh(
+    settings: Settings,
+    layout: Layout,
+    factors: KBFGSFactors,
+    measured: Measurement,
+    here: Pass,
+    first: jax.Array,
+) -> Refreshed:
+    """Updates both inverses of every layer with one pair each.
+
+    Args:
+      settings: The hyperparameters.
+      layout: The layers.
+      factors: The factors.
+      measured: The measurement of the batch.
+      here: The pass at the present parameters.
+      first: Whether this is the first refresh, a boolean scalar.
+
+    Returns:
+      The new factors.
+    """
+    # Input side: the second moment, an exact inverse at the start, then Hessian-action BFGS.
+    moments = _update_moments(settings, layout, factors, here, first)
+    inverses = _start_inputs(layout, factors, moments, measured, here, first)
+    input_inverses, input_accepted = _update_inputs(
+        settings, layout, inverses, moments, measured, here
+    )
+    # Output side: the pair along the step, averaged and damped, then BFGS or L-BFGS.
+    pairs = tuple(
+        kf.ema(old, new, settings.pair_decay)
+        for old, new in zip(factors.pairs, measured.differences, strict=True)
+    )
+    output_inverses, output_accepted = _update_outputs(
+        settings, layout, factors.output_inverses, pairs, measured
+    )
+    return Refreshed(
+        KBFGSFactors(input_inverses, moments, output_inverses, pairs),
+        input_accepted,
+        output_accepted,
+    )
+
+
+def _update_moments(
+    settings: Settings,
+    layout: Layout,
+    factors: KBFGSFactors,
+    here: Pass,
+    first: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    """The moving averages of ``A``, which start from the first batch's."""
+    result: list[jax.Array | None] = []
+    for group, old in zip(layout.groups, factors.input_moments, strict=True):
+        if old is None:
+            result.append(None)
+            continue
+        present = _gram_of_inputs(group, here) / here.batch_size
+        result.append(kf.ema(old, present, jnp.where(first, 0, settings.moment_decay)))
+    return tuple(result)
+
+
+def _gram_of_inputs(group: Group, here: Pass) -> jax.Array:
+    """The current batch's ``m A`` of a group, or its diagonal for embeddings."""
+    if group.diagonal_input:
+        counts = [statistics.input_counts(here.traced[m], here.tape) for m in group.members]
+        return replicate(concatenate(counts))
+    form = statistics.input_gram
+    return replicate(
+        concatenate([form(here.traced[m], here.tape, inputs=here.inputs[m]) for m in group.members])
+    )
+
+
+def _start_inputs(
+    layout: Layout,
+    factors: KBFGSFactors,
+    moments: Sequence[jax.Array | None],
+    measured: Measurement,
+    here: Pass,
+    first: jax.Array,
+) -> list[jax.Array]:
+    """The input inverses to update: exact ones at the start and where ``A`` is diagonal."""
+    dense = [i for i, group in enumerate(layout.groups) if not group.diagonal_input]
+    dampings = layout.cut(measured.input_damping)
+
+    def exact(_: Any) -> list[jax.Array]:
+        known = [moments[i] for i in dense]
+        scale = 1 if known[0] is not None else here.batch_size
+        matrices = [
+            _gram_of_inputs(layout.groups[i], here) if moment is None else moment
+            for i, moment in zip(dense, known, strict=True)
+        ]
+        return kf.damped_inverses(matrices, [dampings[i] for i in dense], scale)
+
+    old = [factors.input_inverses[i] for i in dense]
+    started = jax.lax.cond(first, exact, lambda inverses: inverses, old) if dense else []
+    inverses = dict(zip(dense, started, strict=True))
+    for i, moment in enumerate(moments):
+        if i not in inverses and moment is not None:
+            inverses[i] = 1 / (moment + dampings[i][:, None])
+    return [inverses[i] for i in range(len(layout.groups))]
+
+
+def _update_inputs(
+    settings: Settings,
+    layout: Layout,
+    inverses: Sequence[jax.Array],
+    moments: Sequence[jax.Array | None],
+    measured: Measurement,
+    here: Pass,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
+    mean_inputs = layout.join(
+        [
+            replicate(statistics.mean_input(traced, here.tape, 2, inputs))
+            for traced, inputs in zip(here.traced, here.inputs, strict=True)
+        ]
+    )
+    bases = []
+    for i, group in enumerate(layout.groups):
+        # Rows, each twice: s, A s, H s, H A s.
+        step = input_product(inverses[i], mean_inputs[i])
+        product = _moment_product(group, moments[i], step, here)
+        again = [input_product(inverses[i], rows) for rows in (step, product)]
+        bases.append(jnp.concatenate([step, product, *again], axis=1))
+
+    def change(
+        gram: jax.Array, scale: jax.Array, damping: jax.Array, reference: jax.Array
+    ) -> tuple[kf.Change, jax.Array]:
+        inner = kf.gram_product(gram)
+        s, a_s, hs, h_a_s = jnp.eye(8, dtype=gram.dtype)[::2]
+        a_s, h_a_s = scale * a_s, scale * h_a_s
+        pair = kf.Pair(s, a_s + damping * s)
+        accept = kf.accept_pair(pair, reference, settings.acceptance, inner)
+        norm = jnp.sqrt(jnp.where(accept, inner(*pair), 1))
+        hy = (h_a_s + damping * hs) / norm
+        return kf.bfgs_change(kf.normalize_pair(pair, accept, inner), hy, inner), accept
+
+    references = _norms(settings, [rows[:, 0] for rows in mean_inputs])
+    summed = 1 / here.batch_size  # what turns the minibatch's sum into the moment
+    scales = [
+        jnp.full(group.stack, summed if moment is None else 1.0, rows.dtype)
+        for group, moment, rows in zip(layout.groups, moments, bases, strict=True)
+    ]
+    changes, accept = _map_blocks(
+        change, _grams(bases), concatenate(scales), measured.input_damping, references
+    )
+    return _apply_changes(layout, inverses, bases, changes), accept
+
+
+def _moment_product(
+    group: Group, moment: jax.Array | None, rows: jax.Array, here: Pass
+) -> jax.Array:
+    """``V A`` with the average of ``A`` of a group, or ``m V A`` with the current batch's."""
+    if moment is not None:
+        return input_product(moment, rows)
+    start, products = 0, []
+    for member, size in zip(group.members, group.sizes, strict=True):
+        products.append(
+            statistics.gram_product(
+                here.traced[member],
+                here.tape,
+                rows[start : start + size],
+                here.inputs[member],
+            )
+        )
+        start += size
+    return replicate(concatenate(products))
+
+
+def _update_outputs(
+    settings: Settings,
+    layout: Layout,
+    inverses: Sequence[OutputInverse],
+    pairs: Sequence[jax.Array],
+    measured: Measurement,
+) -> tuple[tuple[OutputInverse, ...], jax.Array]:
+    """BFGS or L-BFGS with the averaged pairs, damped and gated."""
+    bases = []
+    for inverse, rows in zip(inverses, pairs, strict=True):
+        # Rows: s, y, H s, H y, H H s, H H y.
+        once = output_product(inverse, rows)
+        twice = output_product(inverse, once)
+        bases.append(jnp.concatenate([rows, once, twice], axis=1))
+
+    def damp(
+        gram: jax.Array, damping: jax.Array, reference: jax.Array
+    ) -> tuple[kf.Pair, kf.Change, jax.Array]:
+        inner = kf.gram_product(gram)
+        s, y, _, hy, _, _ = jnp.eye(6, dtype=gram.dtype)
+        pair = kf.damp_pair(
+            kf.Pair(s, y),
+            hy,
+            damping=damping,
+            mu=settings.powell_fraction,
+            rule=settings.pair_damping,
+            inner=inner,
+        )
+        accept = kf.accept_pair(pair, reference, settings.acceptance, inner)
+        pair = kf.normalize_pair(pair, accept, inner)
+        # Multiplying by H moves every coefficient to the next power of H.
+        return pair, kf.bfgs_change(pair, jnp.roll(pair.y, 2), inner), accept
+
+    references = _norms(settings, measured.mean_cotangents)
+    damped, changes, accept = _map_blocks(damp, _grams(bases), measured.output_damping, references)
+    dense = [inverse for inverse in inverses if not isinstance(inverse, kf.InverseMemory)]
+    if dense:
+        return _apply_changes(layout, dense, bases, changes), accept
+    memories = [inverse for inverse in inverses if isinstance(inverse, kf.InverseMemory)]
+    return _push_pairs(layout, memories, bases, damped, accept), accept
+
+
+def _map_blocks(function: Any, grams: jax.Array, *arguments: jax.Array) -> Any:
+    """Maps the algebra of a pair over all blocks.
+
+    In a branch that is taken whenever anything is finite: XLA would otherwise repeat these scalar
+    operations inside each of the many kernels that use one of their results.
+    """
+    mapped = jax.vmap(function)
+    shapes = jax.eval_shape(mapped, grams, *arguments)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    any_finite = jnp.any(jnp.isfinite(grams[:, 0, 0]))
+    return jax.lax.cond(any_finite, mapped, lambda *_: zeros, grams, *arguments)
+
+
+def _grams(bases: Sequence[jax.Array]) -> jax.Array:
+    """The Gram matrices of the rows of all blocks."""
+    return concatenate([matmul_transposed(rows, rows) for rows in bases])
+
+
+def _norms(settings: Settings, vectors: Sequence[jax.Array]) -> jax.Array:
+    """The norms that acceptance is relative to, of all blocks; not needed without a threshold."""
+    if is_number(settings.acceptance) and settings.acceptance == 0:
+        return jnp.zeros(sum(len(rows) for rows in vectors), vectors[0].dtype)
+    return concatenate([jnp.linalg.norm(rows, axis=1) for rows in vectors])
+
+
+def _combine(
+    layout: Layout, bases: Sequence[jax.Array], first: jax.Array, second: jax.Array
+) -> list[jax.Array]:
+    """Two combinations of the rows of every block, ``(stack, 2, n)`` for each group."""
+    coefficients = layout.cut(jnp.stack([first, second], axis=1))
+    return [matmul(c, rows) for c, rows in zip(coefficients, bases, strict=True)]
+
+
+def _apply_changes(
+    layout: Layout,
+    inverses: Sequence[jax.Array],
+    bases: Sequence[jax.Array],
+    changes: kf.Change,
+) -> tuple[jax.Array, ...]:
+    """Changes the dense inverses by rank two each; diagonal ones stay."""
+    vectors = _combine(layout, bases, changes.grow, changes.drop)
+    return tuple(
+        jax.vmap(kf.apply_change)(inverse, kf.Change(rows[:, 0], rows[:, 1]))
+        if inverse.ndim == 3
+        else inverse
+        for inverse, rows in zip(inverses, vectors, strict=True)
+    )
+
+
+def _push_pairs(
+    layout: Layout,
+    memories: Sequence[kf.InverseMemory],
+    bases: Sequence[jax.Array],
+    pairs: kf.Pair,
+    accept: jax.Array,
+) -> tuple[kf.InverseMemory, ...]:
+    """Appends a pair to the memory of every block."""
+    vectors = _combine(layout, bases, pairs.s, pairs.y)
+    projections = [
+        matmul_transposed(memory.s, rows) for memory, rows in zip(memories, vectors, strict=True)
+    ]
+    books, slots = jax.vmap(kf.extend_triangle)(
+        kf.Bookkeeping(
+            concatenate([memory.triangle_inverse for memory in memories]),
+            concatenate([memory.accepted for memory in memories]),
+        ),
+        concatenate(projections)[:, :, 1],
+        accept,
+    )
+    triangles, counts = layout.cut(books.triangle_inverse), layout.cut(books.accepted)
+    result = []
+    for i, slot in enumerate(layout.cut(slots)):
+        pair = kf.Pair(vectors[i][:, 0], vectors[i][:, 1])
+        s, y = jax.vmap(kf.write_pair)(memories[i], pair, slot)
+        result.append(kf.InverseMemory(s, y, triangles[i], counts[i]))
+    return tuple(result)
