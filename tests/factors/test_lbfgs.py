@@ -7,13 +7,16 @@ import pytest
 from factor_oracles import averaged_pairs, bfgs_of, convex_pairs
 
 from secondorder.factors import (
+    Bookkeeping,
     Pair,
     damp_pair,
+    extend_triangle,
     init_memory,
     inverse_bfgs_update,
     inverse_matrix,
     inverse_product,
     push_pair,
+    write_pair,
 )
 
 N, P = 6, 4
@@ -33,7 +36,7 @@ def filled(count, seed=0, dtype=None):
 
 
 def test_empty_memory_is_the_identity():
-    v = jnp.arange(float(N))
+    v = jnp.arange(2.0 * N).reshape(2, N)
     np.testing.assert_array_equal(product(init_memory(P, N), v), v)
     np.testing.assert_array_equal(matrix(init_memory(P, N)), np.eye(N))
 
@@ -42,7 +45,7 @@ def test_empty_memory_is_the_identity():
 def test_every_fill_level_and_the_wrap_equal_the_recursion(x64, memory_size):
     rng = np.random.default_rng(1)
     pairs = convex_pairs(rng, 3 * P + 1, N)
-    v = rng.standard_normal((N, 3))
+    v = rng.standard_normal((3, N))
     memory = init_memory(memory_size, N, jnp.float64)
     for count, (s, y) in enumerate(pairs, start=1):
         memory = push(memory, Pair(jnp.asarray(s * 1e-3), jnp.asarray(y * 1e-3)), True)
@@ -50,10 +53,7 @@ def test_every_fill_level_and_the_wrap_equal_the_recursion(x64, memory_size):
         tolerance = 1e-10 * np.abs(expected).max()
         assert memory.accepted == count
         np.testing.assert_allclose(matrix(memory), expected, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(product(memory, v), expected @ v, rtol=0, atol=9 * tolerance)
-        np.testing.assert_allclose(
-            product(memory, v[:, 0]), expected @ v[:, 0], rtol=0, atol=9 * tolerance
-        )
+        np.testing.assert_allclose(product(memory, v), v @ expected, rtol=0, atol=9 * tolerance)
 
 
 def test_dense_and_limited_memory_agree_until_the_memory_is_full(x64):
@@ -61,9 +61,9 @@ def test_dense_and_limited_memory_agree_until_the_memory_is_full(x64):
 
     @jax.jit
     def advance(h, memory, s, y):
-        dense = damp_pair(Pair(s, y), lambda v: h @ v, damping=0.3, rule="powell_lm")
+        dense = damp_pair(Pair(s, y), h @ y, damping=0.3, rule="powell_lm")
         limited = damp_pair(
-            Pair(s, y), lambda v: inverse_product(memory, v), damping=0.3, rule="powell_lm"
+            Pair(s, y), inverse_product(memory, y[None])[0], damping=0.3, rule="powell_lm"
         )
         return inverse_bfgs_update(h, dense), push_pair(memory, limited)
 
@@ -95,10 +95,65 @@ def test_rejected_pairs_leave_the_memory_bit_identical(count, case):
     assert push(memory, Pair(s, y), True).accepted == count + 1
 
 
+@pytest.mark.parametrize("count", range(2 * P + 2))
+def test_triangle_is_the_inverse_of_the_kept_products(x64, count):
+    """Rows and columns of the stored inverse are slots; sorted by age they invert triu(S Yᵀ)."""
+    memory, _ = filled(count, dtype=jnp.float64)
+    kept = min(count, P)
+    order = [(count - kept + age) % P for age in range(kept)]
+    s, y = np.asarray(memory.s)[order], np.asarray(memory.y)[order]
+    triangle = np.asarray(memory.triangle_inverse)
+    np.testing.assert_allclose(
+        triangle[np.ix_(order, order)] @ np.triu(s @ y.T), np.eye(kept), rtol=0, atol=1e-10
+    )
+    empty = [slot for slot in range(P) if slot not in order]
+    np.testing.assert_array_equal(triangle[empty], np.eye(P)[empty])
+    np.testing.assert_array_equal(triangle[:, empty], np.eye(P)[:, empty])
+
+
+@pytest.mark.parametrize("count", [0, P - 1, P + 2])
+def test_pushing_in_two_parts_is_pushing(count):
+    """The triangle and the vectors may be extended apart, as is done for many blocks at once."""
+    memory, _ = filled(count)
+    s, y = (jnp.float32(v) for v in convex_pairs(np.random.default_rng(5), 1, N)[0])
+    unit = Pair(s / jnp.sqrt(s @ y), y / jnp.sqrt(s @ y))
+    books, slot = extend_triangle(
+        Bookkeeping(memory.triangle_inverse, memory.accepted), memory.s @ unit.y, True
+    )
+    np.testing.assert_array_equal(slot, np.arange(P) == count % P)
+    assert books.accepted == count + 1
+    expected = push(memory, Pair(s, y), True)
+    for new, old in zip((*write_pair(memory, unit, slot), *books), expected, strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "accept"), [(0.0, False), (np.nan, True), (np.inf, True), (np.nan, False)]
+)
+def test_a_pair_that_is_not_used_leaves_the_triangle_and_has_no_slot(spoil, accept):
+    memory, _ = filled(P + 1)
+    books = Bookkeeping(memory.triangle_inverse, memory.accepted)
+    # Of the oldest pair, in slot 1, the product does not matter: that pair is forgotten.
+    projections = jnp.ones(P).at[2].add(spoil)
+    after, slot = extend_triangle(books, projections, accept)
+    np.testing.assert_array_equal(after.triangle_inverse, books.triangle_inverse)
+    assert after.accepted == books.accepted
+    assert not slot.any()
+
+
+def test_the_product_with_the_forgotten_pair_does_not_matter():
+    memory, _ = filled(P + 1)
+    books = Bookkeeping(memory.triangle_inverse, memory.accepted)
+    one, _ = extend_triangle(books, jnp.ones(P), True)
+    other, slot = extend_triangle(books, jnp.ones(P).at[1].set(-7.0), True)
+    np.testing.assert_array_equal(one.triangle_inverse, other.triangle_inverse)
+    np.testing.assert_array_equal(slot, np.arange(P) == 1)
+
+
 def test_secant_equation_after_the_wrap(x64):
     memory, pairs = filled(2 * P + 1, dtype=jnp.float64)
     s, y = pairs[-1]
-    np.testing.assert_allclose(product(memory, y), s, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(product(memory, y[None])[0], s, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(("scale", "tolerance"), [(1e-2, 1e-6), (1.0, 1e-6), (1e2, 1e-5)])
@@ -109,7 +164,7 @@ def test_float32_is_accurate_on_strongly_correlated_pairs(scale, tolerance):
 
     def advance(memory, pair):
         damped = damp_pair(
-            pair, lambda v: inverse_product(memory, v), damping=0.5, rule="powell_lm"
+            pair, inverse_product(memory, pair.y[None])[0], damping=0.5, rule="powell_lm"
         )
         return push_pair(memory, damped), damped
 
@@ -142,11 +197,11 @@ def test_stack_equals_loop():
     s, y = (jnp.float32(np.stack(v)) for v in zip(*pairs, strict=True))
     accept = jnp.array([True, False, True, True])
     pushed = jax.jit(jax.vmap(push_pair))(stack, Pair(s, y), accept)
-    values = jax.jit(jax.vmap(inverse_product))(pushed, s)
+    values = jax.jit(jax.vmap(inverse_product))(pushed, s[:, None])
     for k, memory in enumerate(memories):
         one = push(memory, Pair(s[k], y[k]), accept[k])
         assert pushed.accepted[k] == one.accepted
-        np.testing.assert_allclose(values[k], product(one, s[k]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(values[k], product(one, s[k][None]), rtol=1e-4, atol=1e-4)
 
 
 def test_memory_size_is_checked():

@@ -1,48 +1,63 @@
-"""Second moments, averages and damped inverses."""
+"""Averages and damped inverses."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from secondorder.factors import append_one, damped_inverse, ema, second_moment
+from secondorder.factors import damped_inverse, damped_inverses, ema
 
 
-def test_second_moment_sums_positions_and_averages_examples():
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((4, 3, 5))  # examples, positions, features
-    expected = sum(np.outer(a, a) for a in inputs.reshape(-1, 5)) / 4
-    moment = second_moment(jnp.float32(inputs.reshape(-1, 5)), 4)
-    np.testing.assert_allclose(moment, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_second_moment_is_float32_or_wider(dtype):
-    inputs = jnp.full((1000, 2), 0.1, dtype)
-    moment = second_moment(inputs, 1000)
-    assert moment.dtype == jnp.float32
-    np.testing.assert_allclose(moment, float(inputs[0, 0]) ** 2, rtol=1e-4)
-
-
-def test_second_moment_keeps_double(x64):
-    assert second_moment(jnp.ones((2, 2), jnp.float64), 2).dtype == jnp.float64
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 3)])
-def test_append_one(shape):
-    inputs = jnp.full(shape, 2.0, jnp.bfloat16)
-    extended = append_one(inputs)
-    assert extended.dtype == inputs.dtype
-    np.testing.assert_array_equal(extended[..., :-1], inputs)
-    np.testing.assert_array_equal(extended[..., -1], np.ones(shape[:-1]))
+def moment(rng, n):
+    rows = rng.standard_normal((n // 2 + 1, n))  # singular: invertible only because it is damped
+    return rows.T @ rows
 
 
 def test_damped_inverse():
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((3, 6))  # rank 3 of 6: invertible only because it is damped
-    inverse = damped_inverse(jnp.float32(rows.T @ rows), 0.5)
-    expected = np.linalg.inv(rows.T @ rows + 0.5 * np.eye(6))
+    matrix = moment(np.random.default_rng(0), 6)
+    inverse = damped_inverse(jnp.float32(matrix), 0.5)
+    expected = np.linalg.inv(matrix + 0.5 * np.eye(6))
     np.testing.assert_allclose(inverse, expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(inverse, inverse.T)
+
+
+def stacks(seed=0):
+    """Matrices of three sizes in stacks of one to three, and a damping for each."""
+    rng = np.random.default_rng(seed)
+    shapes = [(2, 3), (1, 7), (3, 1)]
+    matrices = [np.stack([moment(rng, n) for _ in range(count)]) for count, n in shapes]
+    return matrices, [rng.uniform(0.1, 2, count) for count, _ in shapes]
+
+
+def test_damped_inverses_of_mixed_sizes(x64):
+    matrices, dampings = stacks()
+    found = jax.jit(damped_inverses)(
+        [jnp.asarray(m) for m in matrices], [jnp.asarray(d) for d in dampings]
+    )
+    for inverse, matrix, damping in zip(found, matrices, dampings, strict=True):
+        assert inverse.shape == matrix.shape
+        expected = np.linalg.inv(matrix + damping[:, None, None] * np.eye(matrix.shape[-1]))
+        np.testing.assert_allclose(inverse, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -100.0])
+def test_only_the_inverse_that_is_not_finite_becomes_the_identity(bad):
+    """Also where the matrix is finite but, damped, not positive definite."""
+    matrices, dampings = stacks()
+    invert = jax.jit(damped_inverses)
+    dampings = [jnp.float32(d) for d in dampings]
+    expected = invert([jnp.float32(m) for m in matrices], dampings)
+    matrices[0][1, 2, 0] = matrices[0][1, 0, 2] = bad
+    found = invert([jnp.float32(m) for m in matrices], dampings)
+    np.testing.assert_array_equal(found[0][1], np.eye(3))
+    np.testing.assert_array_equal(found[0][0], expected[0][0])
+    for inverse, other in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(inverse, other)
+
+
+def test_damped_inverses_keep_the_matrices_dtype(x64):
+    (inverse,) = damped_inverses([jnp.ones((2, 3, 3), jnp.float32)], [jnp.ones(2, jnp.float64)])
+    assert inverse.dtype == jnp.float32
 
 
 def test_ema_maps_trees_and_keeps_dtypes(x64):
