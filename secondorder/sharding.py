@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 try:
-    from jax.sharding import reshard
+    from jax.sharding import reshard as reshard
 except ImportError:  # JAX < 0.7
-    from jax.experimental.shard import reshard  # type: ignore[no-redef]
+    from jax.experimental.shard import reshard as reshard  # type: ignore[no-redef]
 
 
 def _explicit(array: jax.Array) -> Any:

@@ -45,7 +45,7 @@ class ScanArity:
     carry: int
 
 
-def scan_arity(equation: Any, body: jex_core.Jaxpr) -> ScanArity:
+def scan_arity(equation: Any, body: Any) -> ScanArity:
     """Divides a scan's operands by rank.
 
     The equation's parameters name this division differently in each JAX version, ranks do not: a
@@ -79,7 +79,8 @@ def run_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
     }
     names = _debug_info(len(values), len(equation.outvars))
     jaxpr = jex_core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
-    return list(jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*values.values()))
+    closed = jex_core.ClosedJaxpr(jaxpr, ())  # type: ignore[attr-defined]
+    return list(jex_core.jaxpr_as_fun(closed)(*values.values()))
 
 
 @functools.cache

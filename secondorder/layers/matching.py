@@ -205,32 +205,52 @@ def match_embedding(
     Returns:
       The application, or None if the gather is not a row lookup.
     """
-    numbers = equation.params["dimension_numbers"]
-    sizes = tuple(equation.params["slice_sizes"])
-    row = tuple(numbers.collapsed_slice_dims)
-    whole = all(
-        size == (1 if axis in row else full)
-        for axis, (size, full) in enumerate(zip(sizes, value.shape, strict=True))
-    )
-    lookup = len(row) == 1 and row == tuple(numbers.start_index_map)
-    if not (lookup and whole) or numbers.operand_batching_dims or value.axis is not None:
+    row = _looked_up_axis(equation, value.shape)
+    if row is None or value.axis is not None:
         return None
+    numbers = equation.params["dimension_numbers"]
+    sliced = _rest(len(value.shape), numbers.collapsed_slice_dims)
     indices = equation.invars[1].aval
     shape = tuple(equation.outvars[0].aval.shape)
-    features = tuple(numbers.offset_dims)
+    features = tuple(
+        place for place, axis in zip(numbers.offset_dims, sliced, strict=True) if axis != row
+    )
     output_axes = Axes((), _rest(len(shape), features), features)
-    table = _rest(len(value.shape), row)
+    columns = _rest(len(value.shape), (row,))
+    window = Window(
+        len(value.scanned) + indices.ndim - 1, tuple(numbers.start_index_map).index(row), 1
+    )
     use = Use(
         kind=EMBEDDING,
         site=site,
         scanned=value.scanned,
-        weight_view=_matrix_view(value.pieces[0].view, value.depth, (), row, table),
+        weight_view=_matrix_view(value.pieces[0].view, value.depth, (), (row,), columns),
         input_axes=_with_scans(Axes((), tuple(range(indices.ndim)), ()), value.scanned),
         output_axes=_with_scans(output_axes, value.scanned),
-        positions=math.prod(indices.shape) * _repeats(value.scanned, lengths),
+        positions=math.prod(indices.shape[:-1]) * _repeats(value.scanned, lengths),
         batch_size=indices.shape[0] if indices.ndim > 1 else 1,
+        input_window=window if indices.shape[-1] > 1 else None,
     )
     return _application(equation, 1, value, output_axes, [use])
+
+
+def _looked_up_axis(equation: Any, table: tuple[int, ...]) -> int | None:
+    """The axis of a table along which a ``gather`` takes single indices, and whole slices of the
+    rest; None if it does something else.
+    """
+    numbers = equation.params["dimension_numbers"]
+    collapsed, indexed = tuple(numbers.collapsed_slice_dims), tuple(numbers.start_index_map)
+    sizes = tuple(equation.params["slice_sizes"])
+    rows = collapsed or tuple(axis for axis, size in enumerate(sizes) if size != table[axis])
+    if len(rows) != 1 or rows[0] not in indexed or numbers.operand_batching_dims:
+        return None
+    whole = all(
+        size == (1 if axis in rows else full)
+        for axis, (size, full) in enumerate(zip(sizes, table, strict=True))
+    )
+    # An index along a whole axis can only be zero, or is clipped to it; with "fill" it could miss.
+    fills = "FILL" in str(equation.params["mode"])
+    return rows[0] if whole and not (fills and len(indexed) > 1) else None
 
 
 def match_application(
@@ -248,9 +268,7 @@ def match_application(
       The application, or None.
     """
     name = equation.primitive.name
-    weights = [
-        i for i, v in enumerate(values) if isinstance(v, ParamValue) and v.placed is None
-    ]
+    weights = [i for i, v in enumerate(values) if isinstance(v, ParamValue) and v.placed is None]
     if len(weights) != 1:
         return None
     index, value = weights[0], values[weights[0]]

@@ -48,7 +48,7 @@ def make_probe(site: Site) -> jax.Array:
     """
     aval = site.aval
     probe = jnp.zeros((*site.lengths, *aval.shape), aval.dtype)
-    sharding = getattr(aval, "sharding", None)
+    sharding: Any = getattr(aval, "sharding", None)
     spec = getattr(sharding, "spec", ())
     if not any(axis is not None for axis in spec):
         return probe
@@ -92,9 +92,7 @@ def _evaluate_scan(
         )
         return list(outputs[: arity.carry]), (list(outputs[arity.carry :]), recorded)
 
-    last, (stacked, recorded) = jaxprs.rescan(
-        equation, step, list(carry), (list(scanned), probes)
-    )
+    last, (stacked, recorded) = jaxprs.rescan(equation, step, list(carry), (list(scanned), probes))
     return [*last, *stacked], recorded
 
 
@@ -165,5 +163,3 @@ def record(discovery: Discovery, params: Any, *args: Any) -> Tape:
     operands = {index: operand for index, (operand, _) in recorded.items()}
     outputs = {index: output for index, (_, output) in recorded.items()}
     return Tape(value, operands, outputs, cotangents)
-
-

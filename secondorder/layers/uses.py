@@ -1,8 +1,9 @@
 """One use of a weight by one equation, in matrix form.
 
 Every linear layer computes, for each block of its stack and each position, ``h = a W`` with
-``W`` of shape ``(inputs, outputs)``, the convention of JAX's libraries. A `Use` knows how the recorded operand and the cotangent of
-the result, in whatever shape the model had them, map to ``a`` and ``g`` in that form:
+``W`` of shape ``(inputs, outputs)``, the convention of JAX's libraries. A `Use` knows how the
+recorded operand and the cotangent of the result, in whatever shape the model had them, map to
+``a`` and ``g`` in that form:
 
 * *stack* axes count independent blocks: layers of a scan, groups of a convolution, batch
   dimensions of a ``dot_general`` that the weight shares;
@@ -154,9 +155,7 @@ def _project_conv(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     lhs = _channels_first(use, operand)
     stack = lhs.shape[: len(use.input_axes.stack)]
     channels = lhs.shape[len(stack) + 1] // conv.groups
-    kernel = jnp.reshape(
-        rows, (*stack, conv.groups * rows.shape[1], channels, *conv.kernel_shape)
-    )
+    kernel = jnp.reshape(rows, (*stack, conv.groups * rows.shape[1], channels, *conv.kernel_shape))
 
     def convolve(lhs: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
