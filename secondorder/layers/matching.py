@@ -235,9 +235,7 @@ def match_embedding(
 
 
 def _looked_up_axis(equation: Any, table: tuple[int, ...]) -> int | None:
-    """The axis of a table along which a ``gather`` takes single indices, and whole slices of the
-    rest; None if it does something else.
-    """
+    """The axis of a table along which a ``gather`` looks up whole rows; None if there is none."""
     numbers = equation.params["dimension_numbers"]
     collapsed, indexed = tuple(numbers.collapsed_slice_dims), tuple(numbers.start_index_map)
     sizes = tuple(equation.params["slice_sizes"])
