@@ -165,6 +165,7 @@ class _Reader:
             return dataclasses.replace(plan, inlined=inlined), results
         application = match_application(equation, values, lengths, len(self.applications))
         if application is not None:
+            self.consume([values[application.operand]], "the input of a layer")
             return self.add_site(equation, application, lengths)
         if equation.primitive.name == "add":
             return None, [self.read_add(values)]

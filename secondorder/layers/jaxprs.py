@@ -12,8 +12,9 @@ from typing import Any
 import jax
 from jax.extend import core as jex_core
 
-# Higher-order primitives whose body computes just what an inlined body would.
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+# Higher-order primitives whose body computes, and differentiates to, just what an inlined body
+# would; not so functions with derivative rules of their own.
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 SCAN = "scan"
 

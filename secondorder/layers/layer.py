@@ -281,18 +281,17 @@ def find_layers(
     discovery = discover(objective, params, *args)
     leaves = describe_leaves(params)
     traced = group_uses(discovery)
-    if exclude is not None:
-        excluded = {t.layer.weight for t in traced if exclude(leaves[t.layer.weight].path)}
-        traced = tuple(t for t in traced if t.layer.weight not in excluded)
+    left_out = [t for t in traced if exclude is not None and exclude(leaves[t.layer.weight].path)]
+    excluded = {leaf for t in left_out for leaf in t.layer.leaves}
+    traced = tuple(t for t in traced if t.layer.weight not in excluded)
     examples = batch_size or infer_batch_size(traced)
     assigned = {leaf for t in traced for leaf in t.layer.leaves}
-    found = {use.leaf for use in discovery.uses}
     return Layers(
         layers=tuple(t.layer for t in traced),
         usages=tuple(Usage(len(t.uses), len(t.tied), t.positions / examples) for t in traced),
         leaves=leaves,
         unassigned=tuple(
-            (i, "excluded" if i in found else _reason(i, discovery, discovery.consumers))
+            (i, "excluded" if i in excluded else _reason(i, discovery, discovery.consumers))
             for i in range(len(leaves))
             if i not in assigned
         ),

@@ -18,6 +18,9 @@ Shape = tuple[int, ...]
 class View:
     """A chain of reshapes and transposes, each of which can be undone.
 
+    Neighbors are joined, and transposes that only move axes of size one are reshapes, so that a
+    parameter seen alike with other batch sizes compares equal.
+
     Attributes:
       shapes: The shape before every step, and the final shape: one more than there are steps.
       perms: For every step the permutation of a transpose, or None for a reshape.
@@ -33,15 +36,22 @@ class View:
 
     def reshape(self, shape: Sequence[int]) -> "View":
         """The view followed by a reshape."""
-        if tuple(shape) == self.shape:
-            return self
-        return View((*self.shapes, tuple(shape)), (*self.perms, None))
+        shapes, perms = self.shapes, self.perms
+        if perms and perms[-1] is None:
+            shapes, perms = shapes[:-1], perms[:-1]
+        if tuple(shape) == shapes[-1]:
+            return View(shapes, perms)
+        return View((*shapes, tuple(shape)), (*perms, None))
 
     def transpose(self, perm: Sequence[int]) -> "View":
         """The view followed by a transpose."""
-        if tuple(perm) == tuple(range(len(perm))):
-            return self
         shape = tuple(self.shape[axis] for axis in perm)
+        moved = [axis for axis in perm if self.shape[axis] != 1]
+        if moved == sorted(moved):
+            return self.reshape(shape)
+        if self.perms and self.perms[-1] is not None:
+            joined = [self.perms[-1][axis] for axis in perm]
+            return View(self.shapes[:-1], self.perms[:-1]).transpose(joined)
         return View((*self.shapes, shape), (*self.perms, tuple(perm)))
 
     def apply(self, array: jax.Array) -> jax.Array:
