@@ -159,6 +159,11 @@ def _of_package(attribute: str) -> Any:
         raise SettingError(f"This version of secondorder has no `{attribute}`.") from None
 
 
+# A mean cross entropy is hundreds of times smaller than the autoencoders' sums over pixels.
+_KBFGS_CLASSIFIERS: Mapping[str, Mapping[str, Any]] = {
+    name: {"damping": 0.03} for name in ("digits-cnn", "mnist-lenet5", "fashion-lenet5")
+}
+
 _ALL = (
     Method(
         name="sgd",
@@ -195,6 +200,7 @@ _ALL = (
         factory=lambda: _of_package("kbfgs"),
         forwards_to=lambda: _of_package("scale_by_kbfgs"),
         defaults={"learning_rate": 0.3, "damping": 0.3},
+        by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
         needs_layers=True,
     ),
@@ -204,6 +210,7 @@ _ALL = (
         factory=lambda: _of_package("kbfgs"),
         forwards_to=lambda: _of_package("scale_by_kbfgs"),
         defaults={"learning_rate": 0.3, "damping": 0.3, "memory_size": 100},
+        by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
         needs_layers=True,
     ),
