@@ -205,7 +205,7 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether every element of every array of a pytree is finite.
 
     Judged by the sum of each array, which costs and compiles to much less than a test of each
-    element. Arrays whose sum overflows count as not finite.
+    element. Arrays whose sum overflows, in float32 or wider, count as not finite.
 
     Args:
       tree: A pytree of arrays of any shapes.
@@ -219,5 +219,8 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
       >>> bool(all_finite({"a": jnp.ones(2), "b": jnp.array(jnp.nan)}))
       False
     """
-    sums = [jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]
+    sums = [
+        jnp.sum(leaf, dtype=jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+        for leaf in jax.tree.leaves(tree)
+    ]
     return jnp.isfinite(jnp.sum(jnp.stack(sums))) if sums else jnp.asarray(True)
