@@ -20,6 +20,8 @@ LOWEST := $(VENV_LOWEST)/.installed
 NEWEST := $(VENV_NEWEST)/.installed
 
 PYTEST := -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
+NBCONVERT := $(VENV)/bin/python -m jupyter nbconvert --to notebook --execute \
+	--ExecutePreprocessor.record_timing=False
 
 # $(call find_python,CANDIDATES,MAJOR,MINOR): sets $$python to the first that is at least that
 # version and can make virtual environments, or to nothing.
@@ -62,7 +64,7 @@ else $(1)/bin/python -m pip install $(2); fi
 endef
 
 .PHONY: help demo test test-slow test-lowest test-py312 lint format typecheck doctest notebooks \
-	build clean
+	test-notebooks build clean
 
 help:  ## lists the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -100,8 +102,11 @@ typecheck: $(DEV)  ## mypy
 doctest: $(DEV)  ## the examples in docstrings
 	$(VENV)/bin/python -m pytest --doctest-modules secondorder
 
-notebooks: $(NOTEBOOKS)  ## executes the notebooks, and keeps their outputs
-	$(VENV)/bin/python -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+notebooks: $(NOTEBOOKS)  ## executes the notebooks, and keeps their outputs in them
+	$(NBCONVERT) --inplace notebooks/*.ipynb
+
+test-notebooks: $(NOTEBOOKS)  ## executes the notebooks, and leaves them as they are
+	$(NBCONVERT) --output-dir build/notebooks notebooks/*.ipynb
 
 build: $(DEV)  ## the wheel and the source distribution, in dist/
 	$(VENV)/bin/python -m pip install --quiet build
