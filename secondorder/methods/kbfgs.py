@@ -13,6 +13,7 @@ References:
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -194,8 +195,10 @@ def scale_by_kbfgs(
 
     def init(params: chex.ArrayTree) -> ScaleByKBFGSState:
         check_params(params, "scale_by_kbfgs")
-        check_leaves(layers, params)
-        dtype = curvature_dtype(jnp.result_type(*jax.tree.leaves(params)))
+        leaves = jax.tree.leaves(params)
+        if leaves:  # There are none in the placeholder that `optax.tree.map_params` passes.
+            check_leaves(layers, params)
+        dtype = curvature_dtype(jnp.result_type(*leaves, *(() if leaves else (jnp.float32,))))
         return ScaleByKBFGSState(
             count=jnp.zeros((), jnp.int32),
             momentum=jax.tree.map(jnp.zeros_like, params),
@@ -383,7 +386,9 @@ def _on_unassigned(
 
     def mask(tree: chex.ArrayTree) -> chex.ArrayTree:
         structure = jax.tree.structure(tree)
-        return jax.tree.unflatten(structure, [i in unassigned for i in range(len(layers.leaves))])
+        return jax.tree.unflatten(
+            structure, [i in unassigned for i in range(len(jax.tree.leaves(tree)))]
+        )
 
     return optax.with_extra_args_support(optax.masked(fallback, mask))
 
@@ -422,6 +427,18 @@ def _check_layers(layers: Layers, strict: bool) -> None:
         )
 
 
+def _shows_settings(alias: Callable[..., Any]) -> Callable[..., Any]:
+    """Puts the hyperparameters of `scale_by_kbfgs` into the signature of an alias with `**`.
+
+    `optax.inject_hyperparams` reads there which hyperparameters a factory has.
+    """
+    own = list(inspect.signature(alias).parameters.values())[:-1]
+    more = list(inspect.signature(scale_by_kbfgs).parameters.values())[1:]
+    alias.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    return alias
+
+
+@_shows_settings
 def kbfgs(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
