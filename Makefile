@@ -67,7 +67,7 @@ endef
 	test-notebooks build clean
 
 help:  ## lists the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(DEV)  ## trains two networks with every method; a table, and a plot in demo.png
 	$(VENV)/bin/python -m benchmarks demo
