@@ -5,6 +5,7 @@ array's type carries its sharding, and an operation that would have to guess rai
 small dense algebra is replicated, and updates get the sharding of their parameter back.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,6 +45,32 @@ def replicate(array: jax.Array) -> jax.Array:
         return array
     replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return reshard(array, replicated)
+
+
+def gather_axes(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Gathers some axes of an array on an Explicit mesh, before what cannot be done across them.
+
+    Args:
+      array: Any array.
+      axes: The axes that must not be sharded.
+
+    Returns:
+      The same array, still sharded along the other axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> gather_axes(jnp.ones(2), [0]).tolist()
+      [1.0, 1.0]
+    """
+    sharding = _explicit(array)
+    if sharding is None:
+        return array
+    given = tuple(sharding.spec) + (None,) * (array.ndim - len(sharding.spec))
+    spec = tuple(None if axis in axes else name for axis, name in enumerate(given))
+    if spec == given:
+        return array
+    kept = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return reshard(array, kept)
 
 
 def shard_like(array: jax.Array, reference: jax.Array) -> jax.Array:

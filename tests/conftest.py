@@ -1,9 +1,15 @@
-"""Shared fixtures: double precision where an oracle needs it."""
+"""Shared fixtures: eight virtual devices, and double precision where an oracle needs it."""
 
+import os
 from collections.abc import Iterator
 
-import jax
-import pytest
+# The number of devices is fixed when JAX starts, for all tests.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture

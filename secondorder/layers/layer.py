@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from secondorder.layers.discovery import Discovery, FoundUse, discover
 from secondorder.layers.uses import EMBEDDING, Use
 from secondorder.layers.views import View
+from secondorder.sharding import replicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,13 @@ class Layer:
           leaves: All leaves of the pytree.
 
         Returns:
-          ``(stack, inputs, outputs)``; the bias, if any, is the last row.
+          ``(stack, inputs, outputs)``, replicated on an Explicit mesh; the bias, if any, is the
+          last row.
         """
-        weight = self.weight_view.apply(leaves[self.weight])
+        weight = self.weight_view.apply(replicate(leaves[self.weight]))
         if self.bias is None or self.bias_view is None:
             return weight
-        bias = self.bias_view.apply(leaves[self.bias])
+        bias = self.bias_view.apply(replicate(leaves[self.bias]))
         return jnp.concatenate([weight, bias[:, None].astype(weight.dtype)], axis=1)
 
     def from_matrix(self, matrix: jax.Array) -> dict[int, jax.Array]:

@@ -169,7 +169,7 @@ def output_sums(traced: TracedLayer, tape: Tape) -> jax.Array:
       tape: A probed pass.
 
     Returns:
-      Two rows for each block, ``(stack, 2, outputs)``.
+      Two rows for each block, ``(stack, 2, outputs)``, replicated on an Explicit mesh.
     """
     outputs = _total([use_forms.sum_outputs(u, tape.outputs[u.site]) for u in traced.uses])
     cotangents = _total([use_forms.sum_outputs(u, tape.cotangents[u.site]) for u in traced.uses])

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.layers.views import View
+from secondorder.sharding import gather_axes, replicate
 
 DENSE, CONV, EMBEDDING = "dense", "conv", "embedding"
 
@@ -119,6 +120,7 @@ def curvature_dtype(dtype: Any) -> Any:
 def _arrange(array: jax.Array, axes: Axes, window: Window | None) -> jax.Array:
     """Brings an array to the axis order (stack, positions, features)."""
     if window is not None:
+        array = gather_axes(array, [window.axis])
         array = jax.lax.slice_in_dim(
             array, window.start, window.start + window.size, axis=window.axis
         )
@@ -127,10 +129,17 @@ def _arrange(array: jax.Array, axes: Axes, window: Window | None) -> jax.Array:
     return jnp.transpose(array, (*axes.stack, *axes.positions, *axes.features))
 
 
+def _arrange_inputs(use: Use, operand: jax.Array) -> jax.Array:
+    """Arranges an operand; on an Explicit mesh sharded along its leading position axis alone."""
+    array = _arrange(operand, use.input_axes, use.input_window)
+    leading = len(use.input_axes.stack)
+    return gather_axes(array, [axis for axis in range(array.ndim) if axis != leading])
+
+
 def _channels_first(use: Use, array: jax.Array) -> jax.Array:
     """Brings the operand of a convolution to (stack..., batch, channels, spatial...)."""
     assert use.conv is not None
-    array = _arrange(array, use.input_axes, use.input_window)
+    array = _arrange_inputs(use, array)
     spatial = len(use.conv.kernel_shape)
     stack = len(use.input_axes.stack)
     array = jnp.moveaxis(array, -1, -1 - spatial)
@@ -176,7 +185,7 @@ def _project_conv(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _project_embedding(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
     """Looks the rows up: the input of an embedding is a one-hot vector."""
-    indices = _arrange(operand, use.input_axes, use.input_window)
+    indices = _arrange(replicate(operand), use.input_axes, use.input_window)
     stack = indices.shape[: len(use.input_axes.stack)]
     rows = jnp.reshape(rows, (*stack, *rows.shape[1:]))
 
@@ -187,7 +196,7 @@ def _project_embedding(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Arr
 
 
 def _project_dense(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
-    array = _arrange(operand, use.input_axes, use.input_window)
+    array = _arrange_inputs(use, operand)
     stack, features = len(use.input_axes.stack), len(use.input_axes.features)
     first = array.ndim - features
     rows = jnp.reshape(rows, (*array.shape[:stack], rows.shape[1], *array.shape[first:]))
@@ -269,7 +278,7 @@ def input_matrix(use: Use, operand: jax.Array) -> jax.Array:
     """
     if use.kind == CONV:
         return patches(use, operand)
-    array = _arrange(operand, use.input_axes, use.input_window)
+    array = _arrange_inputs(use, operand)
     if use.kind == EMBEDDING:
         return jax.nn.one_hot(jnp.reshape(array, (use.stack, -1)), use.inputs)
     return jnp.reshape(array, (use.stack, -1, use.inputs))
@@ -285,7 +294,7 @@ def output_matrix(use: Use, cotangent: jax.Array) -> jax.Array:
     Returns:
       ``(stack, positions, outputs)``.
     """
-    array = _arrange(cotangent, use.output_axes, use.output_window)
+    array = _arrange(replicate(cotangent), use.output_axes, use.output_window)
     groups = use.conv.groups if use.conv is not None else 1
     array = jnp.reshape(array, (use.stack // groups, use.positions, groups, use.outputs))
     return jnp.reshape(jnp.moveaxis(array, 2, 1), (use.stack, use.positions, use.outputs))
@@ -307,7 +316,8 @@ def sum_outputs(use: Use, array: jax.Array) -> jax.Array:
       ``(stack, outputs)``.
     """
     array = _arrange(array, use.output_axes, use.output_window)
-    return jnp.reshape(_sum_positions(array, use.output_axes), (use.stack, use.outputs))
+    sums = replicate(_sum_positions(array, use.output_axes))
+    return jnp.reshape(sums, (use.stack, use.outputs))
 
 
 def sum_squared_outputs(use: Use, cotangent: jax.Array) -> jax.Array:
@@ -321,5 +331,5 @@ def sum_squared_outputs(use: Use, cotangent: jax.Array) -> jax.Array:
       ``(stack,)``.
     """
     array = _arrange(cotangent, use.output_axes, use.output_window)
-    squares = _sum_positions(array**2, use.output_axes)
+    squares = replicate(_sum_positions(array**2, use.output_axes))
     return jnp.sum(jnp.reshape(squares, (use.stack, use.outputs)), axis=1)

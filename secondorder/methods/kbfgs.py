@@ -40,7 +40,7 @@ from secondorder.methods.kbfgs_factors import (
 )
 from secondorder.methods.kbfgs_update import Refreshed, refresh
 from secondorder.objective import all_finite, check_params, check_value_fn
-from secondorder.sharding import replicate, shard_like
+from secondorder.sharding import shard_like
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
 RefreshOrder: TypeAlias = Literal["before", "after"]
@@ -356,7 +356,7 @@ def _direction(
     """``H_a M H_g`` for every leaf in a layer."""
     leaves = jax.tree.leaves(momentum)
     with jax.named_scope("kbfgs_precondition"):
-        matrices = [replicate(layer.to_matrix(leaves)) for layer in layers.layers]
+        matrices = [layer.to_matrix(leaves) for layer in layers.layers]
         products = precondition(factors, layout, matrices)
     direction: dict[int, jax.Array] = {}
     for layer, product in zip(layers.layers, products, strict=True):

@@ -212,12 +212,15 @@ def measure(
       The measurement.
     """
     leaves, old_leaves = jax.tree.leaves(params), jax.tree.leaves(previous_params)
-    sums = [replicate(statistics.output_sums(traced, here.tape)) for traced in here.traced]
+    # Passes at one point may be compiled differently; their difference is then rounding error.
+    moved = jnp.any(jnp.stack([jnp.any(p != q) for p, q in zip(leaves, old_leaves, strict=True)]))
+    sums = [statistics.output_sums(traced, here.tape) for traced in here.traced]
     differences, cotangents = [], []
     for traced, present in zip(here.traced, sums, strict=True):
-        past = replicate(statistics.output_sums(traced, before.tape))
+        past = statistics.output_sums(traced, before.tape)
         weights = statistics.output_weights(traced, here.batch_size)[:, None]
-        differences.append((present - past) * weights + _bias_step(traced, leaves, old_leaves))
+        difference = (present - past) * weights + _bias_step(traced, leaves, old_leaves)
+        differences.append(jnp.where(moved, difference, 0))
         cotangents.append(present[:, 1] * weights[1])
     shares = [_split_damping(settings, traced, here) for traced in here.traced]
     return Measurement(
@@ -235,8 +238,8 @@ def _bias_step(
     layer = traced.layer
     if layer.bias is None or layer.bias_view is None:
         return 0.0
-    step = layer.bias_view.apply(leaves[layer.bias] - old_leaves[layer.bias])
-    return jnp.pad(replicate(step)[:, None], ((0, 0), (0, 1), (0, 0)))
+    step = layer.bias_view.apply(replicate(leaves[layer.bias] - old_leaves[layer.bias]))
+    return jnp.pad(step[:, None], ((0, 0), (0, 1), (0, 0)))
 
 
 def _split_damping(

@@ -1,0 +1,230 @@
+"""Statistics and whole steps on meshes of eight devices equal those on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import secondorder as so
+from secondorder.layers import probes, statistics
+from secondorder.layers.layer import trace_layers
+
+P = PartitionSpec
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="XLA_FLAGS asks for fewer than eight host devices"
+)
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng([7, *shape]).normal(size=shape).astype(np.float32) * 0.5
+
+
+PARAMS = {
+    "in": {"w": random(6, 8), "b": random(8)},
+    "stack": {"w": random(2, 8, 8), "b": random(2, 8)},
+    "out": {"w": random(8, 8), "b": random(8)},
+    "scale": random(8),
+}
+BATCH = random(16, 6), random(16, 8)
+ROWS = {
+    "in": {"w": P("model", None), "b": P()},
+    "stack": {"w": P(None, "model", None), "b": P()},
+    "out": {"w": P("model", None), "b": P()},
+    "scale": P(),
+}
+COLUMNS = {
+    "in": {"w": P(None, "model"), "b": P("model")},
+    "stack": {"w": P(None, None, "model"), "b": P(None, "model")},
+    "out": {"w": P(None, "model"), "b": P("model")},
+    "scale": P("model"),
+}
+BLOCKS = {
+    "in": {"w": P(), "b": P()},
+    "stack": {"w": P("model"), "b": P("model")},
+    "out": {"w": P(), "b": P()},
+    "scale": P(),
+}
+
+OTHER_PARAMS = {"kernel": random(2, 2, 2, 4), "table": random(6, 4), "w": random(4, 2)}
+OTHER_BATCH = random(8, 4, 4, 2), np.random.default_rng(0).integers(0, 6, (8, 4))
+OTHER_COLUMNS = {
+    "kernel": P(None, None, None, "model"),
+    "table": P(None, "model"),
+    "w": P("model", None),
+}
+OTHER_DENSE = {"kernel": P(), "table": P(), "w": P("model", None)}
+
+
+def mlp(params, x, y):
+    def layer(h, p):
+        return jnp.tanh(h @ p["w"] + p["b"]), None
+
+    h, _ = layer(x, params["in"])
+    h, _ = jax.lax.scan(layer, h, params["stack"])
+    outputs = (h @ params["out"]["w"] + params["out"]["b"]) * params["scale"]
+    return jnp.mean((outputs - y) ** 2)
+
+
+def conv_and_embedding(params, images, words):
+    pixels = jax.lax.conv_general_dilated(
+        images, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    seen = jnp.mean(jnp.tanh(pixels), axis=(1, 2))
+    spec = getattr(jax.typeof(words).sharding, "spec", P())
+    rows = params["table"].at[words].get(out_sharding=P(*spec, None, None) if any(spec) else None)
+    read = jnp.mean(jnp.tanh(rows), axis=1)
+    return jnp.mean((jnp.tanh(seen + read) @ params["w"]) ** 2)
+
+
+def make_mesh(kind):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+
+
+def use_mesh(mesh):
+    """`jax.set_mesh`, by the name that it had before JAX 0.7."""
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
+
+
+def put(mesh, tree, places):
+    return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, places)
+
+
+def all_statistics(loss, layers, params, batch):
+    """Every statistic of every layer, and the gradient."""
+
+    def objective(p):
+        return loss(p, *batch)
+
+    gradient = jax.grad(objective)(params)
+    discovery, traced, batch_size = trace_layers(layers, objective, params)
+    tape = probes.record(discovery, params)
+    result = []
+    for t in traced:
+        rows = jnp.ones((t.layer.stack, 2, t.layer.inputs))
+        gram = statistics.input_counts if t.layer.diagonal_input else statistics.input_gram
+        result.append(
+            {
+                "mean_input": statistics.mean_input(t, tape),
+                "output_sums": statistics.output_sums(t, tape),
+                "gram": gram(t, tape),
+                "gram_product": statistics.gram_product(t, tape, rows),
+                "eigenvalues": statistics.mean_eigenvalues(t, tape, batch_size),
+            }
+        )
+    return gradient, tape.value, result
+
+
+CASES = {
+    "rows": (mlp, PARAMS, ROWS, BATCH),
+    "columns": (mlp, PARAMS, COLUMNS, BATCH),
+    "blocks": (mlp, PARAMS, BLOCKS, BATCH),
+    "other_kinds": (conv_and_embedding, OTHER_PARAMS, OTHER_COLUMNS, OTHER_BATCH),
+    "other_kinds_replicated": (conv_and_embedding, OTHER_PARAMS, OTHER_DENSE, OTHER_BATCH),
+}
+
+
+def double(tree):
+    return jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, tree)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "other_kinds_replicated"])
+def test_statistics_on_an_explicit_mesh(x64, name):
+    loss, params, places, batch = CASES[name]
+    params, batch = double(params), double(batch)
+    layers = so.find_layers(loss, params, *batch)
+    assert len(layers) == 3
+    expected = jax.jit(lambda p, *b: all_statistics(loss, layers, p, b))(params, *batch)
+
+    mesh = make_mesh(AxisType.Explicit)
+    with use_mesh(mesh):
+        params = put(mesh, params, places)
+        batch = put(mesh, batch, (P("data"), P("data")))
+        assert so.find_layers(loss, params, *batch) == layers
+        result = jax.jit(lambda p, *b: all_statistics(loss, layers, p, b))(params, *batch)
+    assert_close(result, expected)
+
+
+def assert_close(result, expected, tolerance=1e-9):
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(result)[0], jax.tree.leaves(expected), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = np.max(np.abs(b), initial=1e-6)
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=where)
+
+
+def train(optimizer, loss, params, batch, steps=3):
+    """A few steps; the updates, the states, and how often the step was traced."""
+    traces = []
+
+    @jax.jit
+    def step(params, state, *batch):
+        traces.append(1)
+
+        def objective(p):
+            return loss(p, *batch)
+
+        value, grads = jax.value_and_grad(objective)(params)
+        updates, state = optimizer.update(
+            grads, state, params, value=value, grad=grads, value_fn=objective
+        )
+        return updates, state, optax.apply_updates(params, updates)
+
+    state = jax.jit(optimizer.init)(params)
+    all_updates, states = [], [state]
+    for _ in range(steps):
+        updates, state, params = step(params, state, *batch)
+        all_updates.append(updates)
+        states.append(state)
+    return all_updates, states, len(traces)
+
+
+def same_shardings(first, second) -> bool:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs)
+
+
+PAPER_2020 = {
+    "input_factor": "moving_average",
+    "pair_damping": "powell_identity",
+    "damping_split": "trace",
+    "acceptance": 1e-4,
+}
+LIMITED = {"memory_size": 3, "update_every": 2}
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "settings"),
+    [
+        (AUTO, "rows", {}),
+        (AUTO, "blocks", LIMITED),
+        (AUTO, "other_kinds", PAPER_2020),
+        (EXPLICIT, "rows", LIMITED),
+        (EXPLICIT, "columns", PAPER_2020),
+        (EXPLICIT, "other_kinds_replicated", {}),
+    ],
+    ids=lambda value: getattr(value, "name", value if isinstance(value, str) else ""),
+)
+def test_kbfgs_step(x64, kind, name, settings):
+    loss, params, places, batch = CASES[name]
+    params, batch = double(params), double(batch)
+    optimizer = so.kbfgs(0.3, so.find_layers(loss, params, *batch), **settings)
+    expected, _, _ = train(optimizer, loss, params, batch)
+
+    mesh = make_mesh(kind)
+    with use_mesh(mesh):
+        params = put(mesh, params, places)
+        batch = put(mesh, batch, (P("data"), P("data")))
+        updates, states, traces = train(optimizer, loss, params, batch)
+    assert_close(updates, expected, 1e-6)
+    assert traces == 1
+    for update in updates:
+        assert same_shardings(update, params)
+    # Under Auto axes the compiler chooses them, from the second state on.
+    fixed = states[0 if kind == EXPLICIT else 1]
+    for state in states[1:]:
+        assert same_shardings(state, fixed)
