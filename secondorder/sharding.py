@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 try:
     from jax.sharding import reshard as reshard
@@ -16,14 +17,18 @@ except ImportError:  # JAX < 0.7
     from jax.experimental.shard import reshard as reshard  # type: ignore[no-redef]
 
 
+def _mesh(array: jax.Array) -> Any:
+    """The mesh in an array's type, or None."""
+    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    return None if mesh is None or mesh.empty else mesh
+
+
 def _explicit(array: jax.Array) -> Any:
     """The sharding in an array's type, or None outside an Explicit mesh."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty:
+    mesh, explicit = _mesh(array), jax.sharding.AxisType.Explicit
+    if mesh is None or all(kind != explicit for kind in mesh.axis_types):
         return None
-    explicit = jax.sharding.AxisType.Explicit
-    return sharding if any(kind == explicit for kind in mesh.axis_types) else None
+    return jax.typeof(array).sharding
 
 
 def replicate(array: jax.Array) -> jax.Array:
@@ -71,6 +76,92 @@ def gather_axes(array: jax.Array, axes: Sequence[int]) -> jax.Array:
         return array
     kept = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
     return reshard(array, kept)
+
+
+def merge_axes(array: jax.Array, shape: Sequence[int], axis: int) -> jax.Array:
+    """Reshapes; what an Explicit mesh has sharded is the major part of one axis of the result.
+
+    Args:
+      array: An array sharded along at most one axis.
+      shape: The new shape.
+      axis: The axis of the new shape into which the sharded one is merged, as its major part.
+
+    Returns:
+      The reshaped array, sharded along ``axis``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> merge_axes(jnp.ones((2, 3)), (1, -1), 1).shape
+      (1, 6)
+    """
+    sharding = _explicit(array)
+    names = [name for name in (sharding.spec if sharding is not None else ()) if name is not None]
+    if not names:
+        return jnp.reshape(array, shape)
+    spec = jax.sharding.PartitionSpec(*(names[0] if i == axis else None for i in range(len(shape))))
+    merged = jax.sharding.NamedSharding(sharding.mesh, spec)
+    return jnp.reshape(array, shape, out_sharding=merged)
+
+
+def replicated_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros on the present mesh; before JAX 0.7 those of `jax.numpy` are on none.
+
+    Args:
+      shape: The shape.
+      dtype: The dtype.
+
+    Returns:
+      The zeros.
+
+    Example:
+      >>> replicated_zeros((2,), "float32").tolist()
+      [0.0, 0.0]
+    """
+    zeros, present = jnp.zeros(shape, dtype), jax.sharding.get_abstract_mesh()
+    if present.empty or _mesh(zeros) is not None:
+        return zeros
+    return reshard(zeros, jax.sharding.NamedSharding(present, jax.sharding.PartitionSpec()))
+
+
+def enter_context(array: jax.Array) -> jax.Array:
+    """Brings an array from inside `jax.sharding.auto_axes` to the Explicit mesh around it.
+
+    Args:
+      array: Any array.
+
+    Returns:
+      The same array, replicated if it was typed by another mesh than the present one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> enter_context(jnp.ones(2)).tolist()
+      [1.0, 1.0]
+    """
+    mesh, present = _mesh(array), jax.sharding.get_abstract_mesh()
+    if mesh is None or present.empty or mesh.axis_types == present.axis_types:
+        return array
+    return reshard(array, jax.sharding.NamedSharding(present, jax.sharding.PartitionSpec()))
+
+
+def leave_context(array: jax.Array, reference: jax.Array) -> jax.Array:
+    """The inverse of `enter_context`.
+
+    Args:
+      array: An array of the present mesh.
+      reference: The array as it was typed.
+
+    Returns:
+      The array, typed like the reference.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> leave_context(jnp.ones(2), jnp.zeros(2)).tolist()
+      [1.0, 1.0]
+    """
+    mesh, present = _mesh(reference), _mesh(array)
+    if mesh is None or present is None or mesh.axis_types == present.axis_types:
+        return array
+    return reshard(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def shard_like(array: jax.Array, reference: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from secondorder.layers import jaxprs
 from secondorder.layers.discovery import Discovery, Plan, Site
-from secondorder.sharding import reshard
+from secondorder.sharding import enter_context, leave_context, reshard
 
 
 class Tape(NamedTuple):
@@ -132,8 +132,9 @@ def evaluate(
         else:
             results = jaxprs.run_equation(equation, operands)
         if isinstance(entry, Site):
-            results = [results[0] + probes[entry.index]]
-            recorded[entry.index] = operands[entry.operand], results[0]
+            output = enter_context(results[0]) + probes[entry.index]
+            recorded[entry.index] = enter_context(operands[entry.operand]), output
+            results = [leave_context(output, results[0])]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars], recorded
 

@@ -23,6 +23,7 @@ import numpy as np
 from secondorder.layers import uses as use_forms
 from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
+from secondorder.sharding import replicated_zeros
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -94,7 +95,7 @@ def mean_input(
       ``(stack, copies, inputs)``; the homogeneous coordinate of a bias is one.
     """
     layer = traced.layer
-    rows = jnp.zeros((layer.stack, copies, layer.inputs), _dtype(traced, tape))
+    rows = replicated_zeros((layer.stack, copies, layer.inputs), _dtype(traced, tape))
     products, pull_back = jax.vjp(lambda rows: _project(traced, tape, inputs, rows), rows)
     weights = [jnp.full_like(product, 1 / traced.positions) for product in products]
     return pull_back(weights)[0]
@@ -156,7 +157,7 @@ def _gram(rows: jax.Array) -> jax.Array:
 
     # As an adjoint, so that the sharding of the sum over examples is autodiff's to choose.
     stack, _, inputs = rows.shape
-    template = jax.ShapeDtypeStruct((stack, inputs, inputs), rows.dtype)
+    template = replicated_zeros((stack, inputs, inputs), rows.dtype)
     (gram,) = jax.linear_transpose(combine, template)(rows)
     return gram
 

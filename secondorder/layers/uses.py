@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.layers.views import View
-from secondorder.sharding import gather_axes, replicate
+from secondorder.sharding import gather_axes, merge_axes, replicate
 
 DENSE, CONV, EMBEDDING = "dense", "conv", "embedding"
 
@@ -143,7 +143,7 @@ def _channels_first(use: Use, array: jax.Array) -> jax.Array:
     spatial = len(use.conv.kernel_shape)
     stack = len(use.input_axes.stack)
     array = jnp.moveaxis(array, -1, -1 - spatial)
-    return jnp.reshape(array, (*array.shape[:stack], -1, *array.shape[-1 - spatial :]))
+    return merge_axes(array, (*array.shape[:stack], -1, *array.shape[-1 - spatial :]), stack)
 
 
 def _vmap(function: Any, times: int) -> Any:
@@ -230,7 +230,7 @@ def project(use: Use, operand: jax.Array, rows: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(curvature_dtype(operand.dtype), rows.dtype)
         operand, rows = operand.astype(dtype), rows.astype(dtype)
     product = _PROJECT[use.kind](use, operand, rows)
-    return jnp.reshape(product, (use.stack, rows.shape[1], use.positions))
+    return merge_axes(product, (use.stack, rows.shape[1], use.positions), 2)
 
 
 def patches(use: Use, operand: jax.Array) -> jax.Array:
@@ -262,8 +262,10 @@ def patches(use: Use, operand: jax.Array) -> jax.Array:
     stack = len(use.input_axes.stack)
     extracted = _vmap(extract, stack)(lhs)  # (stack..., batch, inputs of all groups, spatial...)
     extracted = jnp.moveaxis(extracted, stack + 1, -1)
-    extracted = jnp.reshape(extracted, (use.stack // conv.groups, -1, conv.groups, use.inputs))
-    return jnp.reshape(jnp.moveaxis(extracted, 2, 1), (use.stack, -1, use.inputs))
+    extracted = merge_axes(
+        extracted, (use.stack // conv.groups, use.positions, conv.groups, use.inputs), 1
+    )
+    return merge_axes(jnp.moveaxis(extracted, 2, 1), (use.stack, use.positions, use.inputs), 1)
 
 
 def input_matrix(use: Use, operand: jax.Array) -> jax.Array:
@@ -281,7 +283,7 @@ def input_matrix(use: Use, operand: jax.Array) -> jax.Array:
     array = _arrange_inputs(use, operand)
     if use.kind == EMBEDDING:
         return jax.nn.one_hot(jnp.reshape(array, (use.stack, -1)), use.inputs)
-    return jnp.reshape(array, (use.stack, -1, use.inputs))
+    return merge_axes(array, (use.stack, use.positions, use.inputs), 1)
 
 
 def output_matrix(use: Use, cotangent: jax.Array) -> jax.Array:

@@ -67,9 +67,11 @@ def refresh(
         settings, layout, inverses, moments, measured, here
     )
     # Output side: the pair along the step, averaged and damped, then BFGS or L-BFGS.
-    pairs = tuple(
-        kf.ema(old, new, settings.pair_decay)
-        for old, new in zip(factors.pairs, measured.differences, strict=True)
+    pairs = jax.lax.cond(
+        measured.moved,
+        lambda pairs: kf.ema(pairs, tuple(measured.differences), settings.pair_decay),
+        lambda pairs: pairs,
+        factors.pairs,
     )
     output_inverses, output_accepted = _update_outputs(
         settings, layout, factors.output_inverses, pairs, measured
