@@ -141,11 +141,12 @@ def test_a_pair_that_is_not_used_leaves_the_triangle_and_has_no_slot(spoil, acce
     assert not slot.any()
 
 
-def test_the_product_with_the_forgotten_pair_does_not_matter():
+@pytest.mark.parametrize("product", [-7.0, np.inf, np.nan])
+def test_the_product_with_the_forgotten_pair_does_not_matter(product):
     memory, _ = filled(P + 1)
     books = Bookkeeping(memory.triangle_inverse, memory.accepted)
     one, _ = extend_triangle(books, jnp.ones(P), True)
-    other, slot = extend_triangle(books, jnp.ones(P).at[1].set(-7.0), True)
+    other, slot = extend_triangle(books, jnp.ones(P).at[1].set(product), True)
     np.testing.assert_array_equal(one.triangle_inverse, other.triangle_inverse)
     np.testing.assert_array_equal(slot, np.arange(P) == 1)
 
