@@ -187,7 +187,7 @@ def output_weights(traced: TracedLayer, batch_size: int) -> np.ndarray:
     Returns:
       ``1 / mT`` for the outputs, ``1 / T`` for the cotangents.
     """
-    return np.array([1 / traced.positions, batch_size / traced.positions], np.float32)
+    return np.array([1 / traced.positions, batch_size / traced.positions])
 
 
 def _total(arrays: Sequence[jax.Array]) -> jax.Array:

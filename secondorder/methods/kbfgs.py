@@ -38,7 +38,7 @@ from secondorder.methods.kbfgs_factors import (
     measure,
     precondition,
 )
-from secondorder.methods.kbfgs_update import Refreshed, refresh
+from secondorder.methods.kbfgs_update import KBFGSMetrics, count_pairs, refresh, unchanged
 from secondorder.objective import all_finite, check_params, check_value_fn
 from secondorder.sharding import shard_like
 
@@ -47,33 +47,13 @@ RefreshOrder: TypeAlias = Literal["before", "after"]
 WeightDecayForm: TypeAlias = Literal["l2", "decoupled"]
 
 
-class KBFGSMetrics(NamedTuple):
-    """What K-BFGS reports; int32 scalars, counted since `init` and over all blocks.
-
-    Attributes:
-      nonfinite_steps: Batches whose value or gradient was not finite; they changed nothing.
-      curvature_updates: Refreshes of the factors.
-      input_pairs_accepted: Pairs that changed an input inverse.
-      input_pairs_rejected: Pairs that did not.
-      output_pairs_accepted: Pairs that changed an output inverse.
-      output_pairs_rejected: Pairs that did not.
-    """
-
-    nonfinite_steps: jax.Array
-    curvature_updates: jax.Array
-    input_pairs_accepted: jax.Array
-    input_pairs_rejected: jax.Array
-    output_pairs_accepted: jax.Array
-    output_pairs_rejected: jax.Array
-
-
 class ScaleByKBFGSState(NamedTuple):
     """State of `scale_by_kbfgs`.
 
     Attributes:
       count: Steps taken, int32.
       momentum: The gradient with momentum, like the parameters.
-      previous_params: The parameters before the last step.
+      previous_params: The parameters before the last step, as far as a refresh needs them.
       factors: The Kronecker factors of all layers.
       fallback: State of the transform for parameters in no layer.
       metrics: Counters.
@@ -246,7 +226,7 @@ def scale_by_kbfgs(
             return ScaleByKBFGSState(
                 count=optax.safe_increment(state.count),
                 momentum=averaged,
-                previous_params=params,
+                previous_params=_before_next_refresh(state, params, update_every),
                 factors=factors,
                 fallback=state.fallback,
                 metrics=metrics,
@@ -324,30 +304,39 @@ def _refresh(
         result = jax.lax.cond(
             finite,
             lambda factors: refresh(
-                settings, layout, factors, measured, here, state.metrics.curvature_updates == 0
+                settings,
+                layout,
+                factors,
+                measured,
+                here,
+                state.metrics.curvature_updates == 0,
+                _moved(state, params),
             ),
-            lambda factors: Refreshed(factors, *_none_accepted(layout)),
+            lambda factors: unchanged(layout, factors),
             state.factors,
         )
-    return result.factors, _count(state.metrics, finite, result)
+    return result.factors, count_pairs(state.metrics, finite, result)
 
 
-def _none_accepted(layout: Layout) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros(layout.blocks, bool), jnp.zeros(layout.blocks, bool)
+def _moved(state: ScaleByKBFGSState, params: chex.ArrayTree) -> jax.Array:
+    """Whether the last step was not zero, as a warm-up's first is; asked until a pair is kept."""
+
+    def compare(previous: chex.ArrayTree) -> jax.Array:
+        sizes = jax.tree.map(lambda p, q: jnp.sum(jnp.abs(p - q)) > 0, params, previous)
+        return jnp.any(jnp.stack(jax.tree.leaves(sizes)))
+
+    unasked = state.metrics.output_pairs_accepted > 0
+    return jax.lax.cond(unasked, lambda _: jnp.asarray(True), compare, state.previous_params)
 
 
-def _count(metrics: KBFGSMetrics, finite: jax.Array, result: Refreshed) -> KBFGSMetrics:
-    """Adds one refresh to the counters."""
-    input_accepted = jnp.sum(result.input_accepted, dtype=jnp.int32)
-    output_accepted = jnp.sum(result.output_accepted, dtype=jnp.int32)
-    blocks = jnp.where(finite, result.input_accepted.size, 0)
-    return metrics._replace(
-        curvature_updates=metrics.curvature_updates + finite.astype(jnp.int32),
-        input_pairs_accepted=metrics.input_pairs_accepted + input_accepted,
-        input_pairs_rejected=metrics.input_pairs_rejected + blocks - input_accepted,
-        output_pairs_accepted=metrics.output_pairs_accepted + output_accepted,
-        output_pairs_rejected=metrics.output_pairs_rejected + blocks - output_accepted,
-    )
+def _before_next_refresh(
+    state: ScaleByKBFGSState, params: chex.ArrayTree, update_every: int
+) -> chex.ArrayTree:
+    """The parameters before the step that the next refresh looks at; copied only if it is due."""
+    if update_every == 1:
+        return params
+    next_is_due = (state.count + 1) % update_every == 0
+    return jax.lax.cond(next_is_due, lambda _: params, lambda old: old, state.previous_params)
 
 
 def _direction(

@@ -177,8 +177,6 @@ class Measurement(NamedTuple):
     """What a batch says about the layers.
 
     Attributes:
-      moved: Whether the parameters differ at the two points. Where they do not, the differences
-        are rounding errors of two passes that were compiled differently.
       differences: For each group the differences of the mean outputs and of the mean cotangents
         between the two points, as two rows, ``(stack, 2, outputs)``.
       mean_cotangents: For each group ``(stack, outputs)``.
@@ -186,7 +184,6 @@ class Measurement(NamedTuple):
       output_damping: The output factors' shares, for all blocks.
     """
 
-    moved: jax.Array
     differences: list[jax.Array]
     mean_cotangents: list[jax.Array]
     input_damping: jax.Array
@@ -215,17 +212,16 @@ def measure(
       The measurement.
     """
     leaves, old_leaves = jax.tree.leaves(params), jax.tree.leaves(previous_params)
-    steps = [jnp.sum(jnp.abs(p - q)) for p, q in zip(leaves, old_leaves, strict=True)]
     sums = [statistics.output_sums(traced, here.tape) for traced in here.traced]
     differences, cotangents = [], []
     for traced, present in zip(here.traced, sums, strict=True):
         past = statistics.output_sums(traced, before.tape)
         weights = statistics.output_weights(traced, here.batch_size)[:, None]
+        weights = weights.astype(present.dtype)
         differences.append((present - past) * weights + _bias_step(traced, leaves, old_leaves))
         cotangents.append(present[:, 1] * weights[1])
     shares = [_split_damping(settings, traced, here) for traced in here.traced]
     return Measurement(
-        moved=sum(step.astype(jnp.float32) for step in steps) > 0,
         differences=layout.join(differences),
         mean_cotangents=layout.join(cotangents),
         input_damping=concatenate(layout.join([share[0] for share in shares])),

@@ -39,6 +39,62 @@ class Refreshed(NamedTuple):
     output_accepted: jax.Array
 
 
+class KBFGSMetrics(NamedTuple):
+    """What K-BFGS reports; int32 scalars, counted since `init` and over all blocks.
+
+    Attributes:
+      nonfinite_steps: Batches whose value or gradient was not finite; they changed nothing.
+      curvature_updates: Refreshes of the factors.
+      input_pairs_accepted: Pairs that changed an input inverse.
+      input_pairs_rejected: Pairs that did not.
+      output_pairs_accepted: Pairs that changed an output inverse.
+      output_pairs_rejected: Pairs that did not.
+    """
+
+    nonfinite_steps: jax.Array
+    curvature_updates: jax.Array
+    input_pairs_accepted: jax.Array
+    input_pairs_rejected: jax.Array
+    output_pairs_accepted: jax.Array
+    output_pairs_rejected: jax.Array
+
+
+def unchanged(layout: Layout, factors: KBFGSFactors) -> Refreshed:
+    """The result of a refresh that was not made.
+
+    Args:
+      layout: The layers.
+      factors: The factors.
+
+    Returns:
+      The same factors, with no pair accepted.
+    """
+    return Refreshed(factors, jnp.zeros(layout.blocks, bool), jnp.zeros(layout.blocks, bool))
+
+
+def count_pairs(metrics: KBFGSMetrics, finite: jax.Array, result: Refreshed) -> KBFGSMetrics:
+    """Adds one refresh to the counters.
+
+    Args:
+      metrics: The counters.
+      finite: Whether the refresh was made.
+      result: Its result.
+
+    Returns:
+      The new counters.
+    """
+    input_accepted = jnp.sum(result.input_accepted, dtype=jnp.int32)
+    output_accepted = jnp.sum(result.output_accepted, dtype=jnp.int32)
+    blocks = jnp.where(finite, result.input_accepted.size, 0)
+    return metrics._replace(
+        curvature_updates=metrics.curvature_updates + finite.astype(jnp.int32),
+        input_pairs_accepted=metrics.input_pairs_accepted + input_accepted,
+        input_pairs_rejected=metrics.input_pairs_rejected + blocks - input_accepted,
+        output_pairs_accepted=metrics.output_pairs_accepted + output_accepted,
+        output_pairs_rejected=metrics.output_pairs_rejected + blocks - output_accepted,
+    )
+
+
 def refresh(
     settings: Settings,
     layout: Layout,
@@ -46,6 +102,7 @@ def refresh(
     measured: Measurement,
     here: Pass,
     first: jax.Array,
+    moved: jax.Array,
 ) -> Refreshed:
     """Updates both inverses of every layer with one pair each.
 
@@ -56,6 +113,8 @@ def refresh(
       measured: The measurement of the batch.
       here: The pass at the present parameters.
       first: Whether this is the first refresh, a boolean scalar.
+      moved: Whether the parameters differ at the two points. Where they do not, the differences
+        are rounding errors of two passes that were compiled differently.
 
     Returns:
       The new factors.
@@ -68,7 +127,7 @@ def refresh(
     )
     # Output side: the pair along the step, averaged and damped, then BFGS or L-BFGS.
     pairs = jax.lax.cond(
-        measured.moved,
+        moved,
         lambda pairs: kf.ema(pairs, tuple(measured.differences), settings.pair_decay),
         lambda pairs: pairs,
         factors.pairs,
