@@ -51,9 +51,9 @@ def damped_inverses(
 
     Example:
       >>> small, large = damped_inverses(
-      ...     [jnp.ones((1, 1, 1)), 3 * jnp.eye(2)[None]], [jnp.ones(1), jnp.ones(1)])
+      ...     [15 * jnp.ones((1, 1, 1)), 3 * jnp.eye(2)[None]], [jnp.ones(1), jnp.ones(1)])
       >>> small.tolist(), large.tolist()
-      ([[[0.5]]], [[[0.25, 0.0], [0.0, 0.25]]])
+      ([[[0.0625]]], [[[0.25, 0.0], [0.0, 0.25]]])
     """
     width = max(matrix.shape[-1] for matrix in matrices)
 

@@ -476,7 +476,7 @@ def kbfgs(
       >>> params = jnp.ones((3, 2))
       >>> tx = so.kbfgs(0.3, so.find_layers(objective, params))
       >>> state = tx.init(params)
-      >>> for _ in range(10):
+      >>> for _ in range(20):
       ...     value, grads = jax.value_and_grad(objective)(params)
       ...     updates, state = tx.update(
       ...         grads, state, params, value=value, grad=grads, value_fn=objective)
