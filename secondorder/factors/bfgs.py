@@ -80,8 +80,9 @@ def bfgs_change(pair: Pair, hy: jax.Array, inner: InnerProduct = dot) -> Change:
     s = pair.s
     w = (1 + inner(pair.y, hy)) / 2 * s - hy
     sizes = inner(s, s), inner(w, w)
-    # Far below the largest number, so that no sum of accepted changes gets there either.
-    in_range = sizes[0] * sizes[1] < np.sqrt(np.finfo(s.dtype).max)
+    # The change, 2 ‖u‖ ‖w‖ at most, stays below the square root of the largest number, so that no
+    # sum of accepted changes overflows.
+    in_range = sizes[0] * sizes[1] < np.finfo(s.dtype).max / 4
     grow, drop = _difference_of_squares(s, w, *sizes)
     return Change(jnp.where(in_range, grow, 0), jnp.where(in_range, drop, 0))
 
