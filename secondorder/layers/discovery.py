@@ -114,7 +114,11 @@ class _Reader:
                     self.consumers[piece.leaf].append(how)
 
     def read(
-        self, jaxpr: Any, values: Sequence[Provenance], lengths: tuple[int, ...]
+        self,
+        jaxpr: Any,
+        values: Sequence[Provenance],
+        lengths: tuple[int, ...],
+        needed: Sequence[bool],
     ) -> tuple[Plan, list[Provenance]]:
         """Reads one jaxpr.
 
@@ -122,6 +126,8 @@ class _Reader:
           jaxpr: An open jaxpr.
           values: The provenance of its arguments.
           lengths: Lengths of the scans around it, outermost first.
+          needed: Which of its results the value depends on; equations that make only others, such
+            as auxiliary outputs, hold no layers.
 
         Returns:
           Its plan, and the provenance of its results.
@@ -140,9 +146,13 @@ class _Reader:
             return None if isinstance(value, OutputValue) and times_read[atom] > 1 else value
 
         entries: dict[int, Site | Plan] = {}
+        live = _live_variables(jaxpr, needed)
         for position, equation in enumerate(jaxpr.eqns):
+            needed = [atom in live for atom in equation.outvars]
+            if not any(needed):
+                continue
             entry, results = self.read_equation(
-                equation, [look_up(atom) for atom in equation.invars], lengths
+                equation, [look_up(atom) for atom in equation.invars], lengths, needed
             )
             known.update(zip(equation.outvars, results, strict=True))
             if isinstance(entry, Site) or (entry is not None and entry.entries):
@@ -150,7 +160,11 @@ class _Reader:
         return Plan(entries), [look_up(atom) for atom in jaxpr.outvars]
 
     def read_equation(
-        self, equation: Any, values: Sequence[Provenance], lengths: tuple[int, ...]
+        self,
+        equation: Any,
+        values: Sequence[Provenance],
+        lengths: tuple[int, ...],
+        needed: Sequence[bool],
     ) -> tuple[Site | Plan | None, list[Provenance]]:
         """Reads one equation: a body, a layer, a bias, a rearrangement, or something else."""
         unknown: list[Provenance] = [None] * len(equation.outvars)
@@ -160,7 +174,7 @@ class _Reader:
         if body is not None and equation.primitive.name == jaxprs.SCAN:
             return self.read_scan(equation, body.jaxpr, values, lengths), unknown
         if body is not None:
-            plan, results = self.read(body.jaxpr, values, lengths)
+            plan, results = self.read(body.jaxpr, values, lengths, needed)
             inlined = equation.primitive.name not in jaxprs.REMAT
             return dataclasses.replace(plan, inlined=inlined), results
         application = match_application(equation, values, lengths, len(self.applications))
@@ -200,7 +214,8 @@ class _Reader:
         for i, value in enumerate(values):
             known = isinstance(value, ParamValue) and not arity.consts <= i < end
             inside.append(enter_scan(value, i >= end) if known else None)  # type: ignore[arg-type]
-        plan, _ = self.read(body, inside, (*lengths, equation.params["length"]))
+        everything = [True] * len(body.outvars)
+        plan, _ = self.read(body, inside, (*lengths, equation.params["length"]), everything)
         return dataclasses.replace(plan, inlined=False)
 
     def read_add(self, values: Sequence[Provenance]) -> Provenance:
@@ -231,6 +246,16 @@ class _Reader:
         return tuple(found)
 
 
+def _live_variables(jaxpr: Any, needed: Sequence[bool]) -> set[Any]:
+    """The variables of a jaxpr that its needed results depend on."""
+    outputs = zip(jaxpr.outvars, needed, strict=True)
+    live = {atom for atom, wanted in outputs if wanted and not jaxprs.is_literal(atom)}
+    for equation in reversed(jaxpr.eqns):
+        if any(atom in live for atom in equation.outvars):
+            live.update(atom for atom in equation.invars if not jaxprs.is_literal(atom))
+    return live
+
+
 def discover(value_fn: Callable[..., Any], params: Any, *args: Any) -> Discovery:
     """Traces an objective and finds the linear layers in it.
 
@@ -251,5 +276,6 @@ def discover(value_fn: Callable[..., Any], params: Any, *args: Any) -> Discovery
     values: list[Provenance] = [leaf_value(i, leaf.shape) for i, leaf in enumerate(leaves)]
     values += [None] * (len(closed.jaxpr.invars) - len(leaves))
     reader = _Reader()
-    plan, _ = reader.read(closed.jaxpr, values, ())
+    value_only = [True] + [False] * (len(closed.jaxpr.outvars) - 1)
+    plan, _ = reader.read(closed.jaxpr, values, (), value_only)
     return Discovery(closed, plan, reader.found_uses(), dict(reader.consumers))

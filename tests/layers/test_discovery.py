@@ -365,3 +365,17 @@ def test_paths_are_those_of_the_tree():
     )
     assert found == ["blocks/0/w", "blocks/1/w"]
     assert np.all([leaf.dtype == jnp.float32 for leaf in so.find_layers(jnp.sum, SQUARE).leaves])
+
+
+def test_uses_that_only_auxiliary_outputs_need_do_not_count():
+    x = jnp.ones((4, 3))
+    params = {"w": jnp.ones((3, 2)), "head": jnp.ones((2, 5))}
+
+    def objective(p):
+        hidden = x @ p["w"]
+        return jnp.mean(hidden**2), jax.jit(lambda q: (2 * x) @ q["w"] @ q["head"])(p)
+
+    layers = so.find_layers(objective, params)
+    assert [layers.leaves[layer.weight].path for layer in layers.layers] == ["w"]
+    assert [usage.uses for usage in layers.usages] == [1]
+    assert "does not depend" in dict(layers.unassigned)[0]
