@@ -165,10 +165,10 @@ def _gram_of_inputs(group: Group, here: Pass) -> jax.Array:
     if group.diagonal_input:
         counts = [statistics.input_counts(here.traced[m], here.tape) for m in group.members]
         return replicate(concatenate(counts))
-    form = statistics.input_gram
-    return replicate(
-        concatenate([form(here.traced[m], here.tape, inputs=here.inputs[m]) for m in group.members])
-    )
+    grams = [
+        statistics.input_gram(here.traced[m], here.tape, here.inputs[m]) for m in group.members
+    ]
+    return replicate(concatenate(grams))
 
 
 def _start_inputs(
@@ -228,13 +228,12 @@ def _update_inputs(
         gram: jax.Array, scale: jax.Array, damping: jax.Array, reference: jax.Array
     ) -> tuple[kf.Change, jax.Array]:
         inner = kf.gram_product(gram)
-        s, a_s, hs, h_a_s = jnp.eye(8, dtype=gram.dtype)[::2]
-        a_s, h_a_s = scale * a_s, scale * h_a_s
-        pair = kf.Pair(s, a_s + damping * s)
+        s, a_s, _, _ = jnp.eye(8, dtype=gram.dtype)[::2]
+        pair = kf.Pair(s, scale * a_s + damping * s)
         accept = kf.accept_pair(pair, reference, settings.acceptance, inner)
-        norm = jnp.sqrt(jnp.where(accept, inner(*pair), 1))
-        hy = (h_a_s + damping * hs) / norm
-        return kf.bfgs_change(kf.normalize_pair(pair, accept, inner), hy, inner), accept
+        pair = kf.normalize_pair(pair, accept, inner)
+        # Multiplying by H moves every coefficient four rows on.
+        return kf.bfgs_change(pair, jnp.roll(pair.y, 4), inner), accept
 
     references = _norms(settings, [rows[:, 0] for rows in mean_inputs])
     summed = 1 / here.batch_size  # what turns the minibatch's sum into the moment
