@@ -20,8 +20,10 @@ from secondorder.factors.bfgs import (
 from secondorder.factors.damping import DampingSplit, split_damping
 from secondorder.factors.lbfgs import (
     Bookkeeping,
+    Forget,
     InverseMemory,
     extend_triangle,
+    forget_scores,
     init_memory,
     inverse_matrix,
     inverse_product,
@@ -46,6 +48,7 @@ __all__ = [
     "Bookkeeping",
     "Change",
     "DampingSplit",
+    "Forget",
     "InnerProduct",
     "InverseMemory",
     "Pair",
@@ -58,6 +61,7 @@ __all__ = [
     "damped_inverses",
     "ema",
     "extend_triangle",
+    "forget_scores",
     "gram_product",
     "identity_damping",
     "init_memory",

@@ -10,13 +10,15 @@ loop for all pairs at once. It equals the usual compact form, which multiplies i
 form needs no Gram matrix of ``Y``, is a sum of squares, and is more accurate in float32: it does
 not square the condition of ``S`` and ``Y``.
 
-Nothing is shifted or sorted. Pair number ``c`` is written to row ``c mod p``, and ``R⁻¹`` is kept
-in the order of the rows: a new pair adds one column to it, and forgetting the oldest pair deletes
-that pair's row and column, which is exact because the oldest pair comes first in ``R``. Every
-column is computed once and lives for ``p`` pairs, so rounding does not build up.
+Nothing is shifted or sorted. A new pair takes the row of the one that is forgotten, and ``R⁻¹`` is
+kept in the order of the rows: a new pair adds one column to it, and forgetting a pair is a change
+of rank one. Which pair a full memory forgets is a choice. The oldest is the usual one; but a
+direction that only it knew then falls back to ``H₀``, and if the curvature there is large the next
+steps are too long. The pairs of K-BFGS are running averages, so most of them nearly repeat a
+neighbor: forgetting the one whose step a newer step repeats best loses next to nothing.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +27,26 @@ from jax.typing import ArrayLike, DTypeLike
 from secondorder.factors.pairs import Pair, normalize_pair
 from secondorder.factors.products import inner, matmul
 
+Forget: TypeAlias = Literal["redundant", "oldest"]
+
 
 class InverseMemory(NamedTuple):
-    """The last ``p`` pairs of an inverse factor, as a ring.
+    """Up to ``p`` pairs of an inverse factor.
 
     Attributes:
       s: scaled steps (p, n); the row of an empty slot is zero.
       y: scaled changes of the gradient (p, n), with ``sᵢᵀyᵢ = 1``.
       triangle_inverse: ``R⁻¹`` (p, p), its rows and columns in the order of the slots; those of an
         empty slot are of the identity.
-      accepted: number of pairs accepted so far, int32 scalar; the next slot is ``accepted % p``.
+      accepted: number of pairs accepted so far, int32 scalar.
+      numbers: which of them each slot holds (p,), int32, counted from 0; -1 for an empty slot.
     """
 
     s: jax.Array
     y: jax.Array
     triangle_inverse: jax.Array
     accepted: jax.Array
+    numbers: jax.Array
 
 
 def init_memory(memory_size: int, n: int, dtype: DTypeLike = jnp.float32) -> InverseMemory:
@@ -69,23 +75,23 @@ def init_memory(memory_size: int, n: int, dtype: DTypeLike = jnp.float32) -> Inv
         y=jnp.zeros((memory_size, n), dtype),
         triangle_inverse=jnp.eye(memory_size, dtype=dtype),
         accepted=jnp.zeros((), jnp.int32),
+        numbers=jnp.full(memory_size, -1, jnp.int32),
     )
 
 
-def push_pair(memory: InverseMemory, pair: Pair, accept: ArrayLike = True) -> InverseMemory:
-    """Appends a pair, in place of the oldest one if the memory is full; or changes nothing.
+def push_pair(
+    memory: InverseMemory, pair: Pair, accept: ArrayLike = True, forget: Forget = "redundant"
+) -> InverseMemory:
+    """Appends a pair, in place of another if the memory is full; or changes nothing.
 
-    With ``rᵢ = sᵢᵀ y`` for the pairs kept, the new column of the inverse triangle is
-
-        ``[R r; 0 1]⁻¹ = [R⁻¹ -R⁻¹r; 0 1]``.
-
-    O(p n + p²) operations. The memory is returned unchanged, bit for bit, if the pair is rejected
-    or if anything is non-finite.
+    O(p² n) operations, or O(p n + p²) if the oldest is forgotten. The memory is returned unchanged,
+    bit for bit, if the pair is rejected or if anything is non-finite.
 
     Args:
       memory: memory of ``p`` pairs.
       pair: damped curvature pair, vectors (n,).
       accept: boolean scalar, see `accept_pair`; ``sᵀy > 0`` is required in any case.
+      forget: which pair a full memory forgets, see `forget_scores`; static.
 
     Returns:
       The new memory.
@@ -101,8 +107,11 @@ def push_pair(memory: InverseMemory, pair: Pair, accept: ArrayLike = True) -> In
     pair = Pair(pair.s.astype(memory.s.dtype), pair.y.astype(memory.y.dtype))
     pair = normalize_pair(pair, accept)
     usable = jnp.isfinite(inner(pair.s, pair.s) + inner(pair.y, pair.y)) & jnp.any(pair.s != 0)
-    bookkeeping = Bookkeeping(memory.triangle_inverse, memory.accepted)
-    bookkeeping, slot = extend_triangle(bookkeeping, matmul(memory.s, pair.y), usable)
+    gram = matmul(memory.s, memory.s.T) if forget == "redundant" else None
+    direction = pair.s / jnp.where(usable, jnp.sqrt(inner(pair.s, pair.s)), 1)
+    scores = forget_scores(memory.numbers, gram, matmul(memory.s, direction), forget)
+    bookkeeping = Bookkeeping(memory.triangle_inverse, memory.accepted, memory.numbers)
+    bookkeeping, slot = extend_triangle(bookkeeping, matmul(memory.s, pair.y), usable, scores)
     return InverseMemory(*write_pair(memory, pair, slot), *bookkeeping)
 
 
@@ -112,44 +121,102 @@ class Bookkeeping(NamedTuple):
     Attributes:
       triangle_inverse: ``R⁻¹`` (p, p).
       accepted: number of pairs accepted so far.
+      numbers: which of them each slot holds (p,).
     """
 
     triangle_inverse: jax.Array
     accepted: jax.Array
+    numbers: jax.Array
+
+
+def forget_scores(
+    numbers: jax.Array,
+    gram: jax.Array | None,
+    products: jax.Array,
+    forget: Forget = "redundant",
+) -> jax.Array:
+    """Tells how dispensable each pair is; a full memory forgets the one with the largest score.
+
+    ``"redundant"`` takes the largest cosine between a step and a newer one, the one to come
+    included, ``"oldest"`` the age. An empty slot has an infinite score.
+
+    Args:
+      numbers: number of the pair in each slot (p,), -1 if it is empty.
+      gram: ``S Sᵀ`` (p, p); not needed for ``"oldest"``.
+      products: ``S s/|s|`` (p,) for the step to come.
+      forget: the rule, static.
+
+    Returns:
+      Scores (p,).
+
+    Raises:
+      ValueError: if ``forget`` is not one of the two names.
+
+    Example:
+      >>> s = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> forget_scores(jnp.array([0, 1]), s @ s.T, s @ jnp.array([0.0, 1.0])).tolist()
+      [0.0, 1.0]
+    """
+    if forget not in get_args(Forget):
+        raise ValueError(f"forget must be one of {get_args(Forget)}, got {forget!r}")
+    if forget == "oldest":
+        scores = -numbers.astype(products.dtype)
+    else:
+        assert gram is not None
+        squares = jnp.diagonal(gram)
+        inverse_norms = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+        cosines = jnp.abs(gram) * inverse_norms
+        newer = numbers[None, :] > numbers[:, None]
+        repeated = jnp.max(jnp.where(newer, cosines, 0), axis=1)
+        scores = inverse_norms * jnp.maximum(repeated, jnp.abs(products))
+    return jnp.where(numbers < 0, jnp.inf, scores)
 
 
 def extend_triangle(
-    bookkeeping: Bookkeeping, projections: jax.Array, accept: ArrayLike
+    bookkeeping: Bookkeeping, projections: jax.Array, accept: ArrayLike, scores: jax.Array
 ) -> tuple[Bookkeeping, jax.Array]:
     """Appends a pair to the triangle of a memory, without touching the stored vectors.
+
+    Forgetting pair ``i`` deletes its row and column from ``R``, and leaves of ``T = R⁻¹``, whose
+    diagonal is one,
+
+        ``T - T eᵢ eᵢᵀ T``,
+
+    a row of which is nothing but itself for the oldest pair. With ``rⱼ = sⱼᵀ y`` for the pairs
+    kept, the new column is then
+
+        ``[R r; 0 1]⁻¹ = [T -T r; 0 1]``.
 
     Args:
       bookkeeping: the bookkeeping of a memory of ``p`` pairs.
       projections: ``S y`` (p,) for a pair with ``sᵀy = 1``.
       accept: boolean scalar; if false nothing changes.
+      scores: how dispensable the pair in each slot is (p,), see `forget_scores`.
 
     Returns:
       The new bookkeeping, and the slot (p,) for the pair as a mask, empty if it is not used.
 
     Example:
       >>> memory = init_memory(memory_size=2, n=1)
-      >>> before = Bookkeeping(memory.triangle_inverse, memory.accepted)
-      >>> after, slot = extend_triangle(before, memory.s @ jnp.array([0.5]), True)
+      >>> before = Bookkeeping(memory.triangle_inverse, memory.accepted, memory.numbers)
+      >>> after, slot = extend_triangle(before, memory.s @ jnp.array([0.5]), True, jnp.ones(2))
       >>> int(after.accepted), slot.tolist()
       (1, [True, False])
     """
-    slots = jnp.arange(len(projections))
-    oldest = slots == bookkeeping.accepted % len(projections)
-    kept = jnp.where(oldest[:, None] | oldest, 0, bookkeeping.triangle_inverse)
-    column = oldest.astype(kept.dtype) - matmul(kept, jnp.where(oldest, 0, projections))
+    triangle, accepted, numbers = bookkeeping
+    slot = jnp.arange(len(projections)) == jnp.argmax(scores)
+    unit = slot.astype(triangle.dtype)
+    without = triangle - matmul(triangle, unit)[:, None] * matmul(unit, triangle)
+    kept = jnp.where(slot[:, None] | slot, 0, without)
+    column = unit - matmul(kept, jnp.where(slot, 0, projections))
     use = jnp.asarray(accept) & jnp.isfinite(jnp.sum(jnp.abs(column)))
-    extended = jnp.where(oldest, column[:, None], kept)
     return (
         Bookkeeping(
-            jnp.where(use, extended, bookkeeping.triangle_inverse),
-            bookkeeping.accepted + use.astype(bookkeeping.accepted.dtype),
+            jnp.where(use, jnp.where(slot, column[:, None], kept), triangle),
+            accepted + use.astype(accepted.dtype),
+            jnp.where(slot & use, accepted, numbers),
         ),
-        oldest & use,
+        slot & use,
     )
 
 

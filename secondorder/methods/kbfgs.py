@@ -12,7 +12,6 @@ References:
   arXiv 2102.06737 ("the paper of 2021").
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -75,6 +74,7 @@ def scale_by_kbfgs(
     momentum_form: MomentumForm = "ema",
     input_factor: InputFactor = "minibatch",
     memory_size: int | None = None,
+    forget: kf.Forget = "redundant",
     update_every: int = 1,
     pair_decay: chex.Numeric = 0.9,
     moment_decay: chex.Numeric = 0.9,
@@ -117,6 +117,8 @@ def scale_by_kbfgs(
         vectors are formed (2021); ``"moving_average"`` stores an average of ``A`` (2020).
       memory_size: None keeps ``H_g`` dense (K-BFGS); an integer keeps that many pairs (K-BFGS(L)).
         Static.
+      forget: Which pair a full memory forgets: the most ``"redundant"``, whose step a newer one
+        repeats best, or the ``"oldest"`` (papers; diverges where refreshes are rare).
       update_every: Refresh the factors at every so many steps only. Static.
       pair_decay: Decay of the averages of ``s_g`` and ``y_g``, in [0, 1); 0 for full batches.
       moment_decay: Decay of the average of ``A``, in [0, 1).
@@ -165,6 +167,7 @@ def scale_by_kbfgs(
         acceptance=acceptance,
         input_factor=input_factor,
         memory_size=memory_size,
+        forget=forget,
         pair_damping=pair_damping,
         damping_split=damping_split,
     )
@@ -247,10 +250,12 @@ def scale_by_kbfgs(
         rest = new_state.momentum
         if fallback is not None:
             rest, fallback_state = others.update(updates, state.fallback, params, **extra_args)
-            fallback_state = _select(moves, fallback_state, state.fallback)
+            fallback_state = optax.tree_utils.tree_where(moves, fallback_state, state.fallback)
             new_state = new_state._replace(fallback=fallback_state)
         direction = _merge(direction, rest, params)
-        return _select(moves, direction, jax.tree.map(jnp.zeros_like, direction)), new_state
+        return optax.tree_utils.tree_where(
+            moves, direction, jax.tree.map(jnp.zeros_like, direction)
+        ), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -268,11 +273,6 @@ class _LayerPass:
 
     def __call__(self, params: chex.ArrayTree) -> Pass:
         return Pass(self.traced, record(self.discovery, params), self.batch_size)
-
-
-def _select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """`jnp.where` on pytrees."""
-    return jax.tree.map(functools.partial(jnp.where, condition), on_true, on_false)
 
 
 def _momentum(
@@ -395,6 +395,7 @@ def _check_hyperparameters(
     check_choice("momentum_form", momentum_form, get_args(MomentumForm))
     check_choice("input_factor", settings.input_factor, get_args(InputFactor))
     check_choice("pair_damping", settings.pair_damping, get_args(kf.PairDamping))
+    check_choice("forget", settings.forget, get_args(kf.Forget))
     check_choice("damping_split", settings.damping_split, get_args(kf.DampingSplit))
     check_choice("refresh_order", refresh_order, get_args(RefreshOrder))
     check_static_count("update_every", update_every)
@@ -446,7 +447,7 @@ def kbfgs(
         so.kbfgs(0.3, layers, damping=0.3, weight_decay=1e-5, input_factor="moving_average",
                  pair_damping="powell_identity", damping_split="plain", acceptance=1e-4)
 
-    with ``memory_size=100`` for K-BFGS(L), and that of 2021::
+    with ``memory_size=100, forget="oldest"`` for K-BFGS(L), and that of 2021::
 
         so.kbfgs(0.03, layers, damping=0.3, momentum_form="heavy_ball", input_factor="minibatch",
                  pair_damping="powell_lm", damping_split="sqrtT")

@@ -55,6 +55,7 @@ class Settings:
     acceptance: Any
     input_factor: InputFactor
     memory_size: int | None
+    forget: kf.Forget
     pair_damping: kf.PairDamping
     damping_split: kf.DampingSplit
 

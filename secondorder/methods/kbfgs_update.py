@@ -306,7 +306,7 @@ def _update_outputs(
     if dense:
         return _apply_changes(layout, dense, bases, changes), accept
     memories = [inverse for inverse in inverses if isinstance(inverse, kf.InverseMemory)]
-    return _push_pairs(layout, memories, bases, damped, accept), accept
+    return _push_pairs(settings, layout, memories, bases, damped, accept), accept
 
 
 def _map_blocks(function: Any, grams: jax.Array, *arguments: jax.Array) -> Any:
@@ -359,29 +359,45 @@ def _apply_changes(
 
 
 def _push_pairs(
+    settings: Settings,
     layout: Layout,
     memories: Sequence[kf.InverseMemory],
     bases: Sequence[jax.Array],
     pairs: kf.Pair,
     accept: jax.Array,
 ) -> tuple[kf.InverseMemory, ...]:
-    """Appends a pair to the memory of every block."""
+    """Adds a pair to the memory of every block."""
     vectors = _combine(layout, bases, pairs.s, pairs.y)
-    projections = [
-        matmul_transposed(memory.s, rows) for memory, rows in zip(memories, vectors, strict=True)
-    ]
-    books, slots = jax.vmap(kf.extend_triangle)(
-        kf.Bookkeeping(
-            concatenate([memory.triangle_inverse for memory in memories]),
-            concatenate([memory.accepted for memory in memories]),
-        ),
-        concatenate(projections)[:, :, 1],
-        accept,
+    projections = concatenate(
+        [matmul_transposed(memory.s, rows) for memory, rows in zip(memories, vectors, strict=True)]
     )
-    triangles, counts = layout.cut(books.triangle_inverse), layout.cut(books.accepted)
+    books = kf.Bookkeeping(
+        concatenate([memory.triangle_inverse for memory in memories]),
+        concatenate([memory.accepted for memory in memories]),
+        concatenate([memory.numbers for memory in memories]),
+    )
+    scores = _forget_scores(settings, memories, vectors, books.numbers, projections[:, :, 0])
+    books, slots = jax.vmap(kf.extend_triangle)(books, projections[:, :, 1], accept, scores)
+    parts = [layout.cut(part) for part in books]
     result = []
     for i, slot in enumerate(layout.cut(slots)):
         pair = kf.Pair(vectors[i][:, 0], vectors[i][:, 1])
         s, y = jax.vmap(kf.write_pair)(memories[i], pair, slot)
-        result.append(kf.InverseMemory(s, y, triangles[i], counts[i]))
+        result.append(kf.InverseMemory(s, y, *(part[i] for part in parts)))
     return tuple(result)
+
+
+def _forget_scores(
+    settings: Settings,
+    memories: Sequence[kf.InverseMemory],
+    vectors: Sequence[jax.Array],
+    numbers: jax.Array,
+    products: jax.Array,
+) -> jax.Array:
+    """How dispensable each pair of every block is, ``(blocks, p)``."""
+    if settings.forget == "oldest":
+        return kf.forget_scores(numbers, None, products, "oldest")
+    squares = _grams(vectors)[:, 0, 0]
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    grams = _grams([memory.s for memory in memories])
+    return jax.vmap(kf.forget_scores)(numbers, grams, products / norms[:, None])

@@ -18,6 +18,17 @@ def bfgs_of(pairs, n):
     return h
 
 
+def remember(kept, pair, memory_size, forget):
+    """The pairs kept after one more, oldest first."""
+    kept = [*kept, pair]
+    if len(kept) <= memory_size:
+        return kept
+    units = [s / np.linalg.norm(s) for s, _ in kept]
+    repeated = [max(abs(units[i] @ u) for u in units[i + 1 :]) for i in range(len(kept) - 1)]
+    dropped = int(np.argmax(repeated)) if forget == "redundant" else 0
+    return kept[:dropped] + kept[dropped + 1 :]
+
+
 def random_inverse(rng, n, smallest=0.1, largest=10.0):
     basis = np.linalg.qr(rng.standard_normal((n, n)))[0]
     h = (basis * np.geomspace(smallest, largest, n)) @ basis.T

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factor_oracles import averaged_pairs, bfgs_of, convex_pairs
+from factor_oracles import averaged_pairs, bfgs_of, convex_pairs, remember
 
 from secondorder.factors import (
     Bookkeeping,
     Pair,
     damp_pair,
     extend_triangle,
+    forget_scores,
     init_memory,
     inverse_bfgs_update,
     inverse_matrix,
@@ -21,18 +22,22 @@ from secondorder.factors import (
 
 N, P = 6, 4
 
-push = jax.jit(push_pair)
+push = jax.jit(push_pair, static_argnames="forget")
 product = jax.jit(inverse_product)
 matrix = jax.jit(inverse_matrix)
 
 
-def filled(count, seed=0, dtype=None):
+def filled(count, seed=0, dtype=None, forget="redundant"):
     """A memory after `count` pairs, and the pairs."""
     pairs = convex_pairs(np.random.default_rng(seed), count, N)
     memory = init_memory(P, N, dtype or jnp.float32)
     for s, y in pairs:
-        memory = push(memory, Pair(jnp.asarray(s), jnp.asarray(y)), True)
+        memory = push(memory, Pair(jnp.asarray(s), jnp.asarray(y)), True, forget=forget)
     return memory, pairs
+
+
+def books_of(memory):
+    return Bookkeeping(memory.triangle_inverse, memory.accepted, memory.numbers)
 
 
 def test_empty_memory_is_the_identity():
@@ -41,15 +46,19 @@ def test_empty_memory_is_the_identity():
     np.testing.assert_array_equal(matrix(init_memory(P, N)), np.eye(N))
 
 
+@pytest.mark.parametrize("forget", ["redundant", "oldest"])
 @pytest.mark.parametrize("memory_size", [1, P])
-def test_every_fill_level_and_the_wrap_equal_the_recursion(x64, memory_size):
+def test_every_fill_level_and_the_wrap_equal_the_recursion(x64, memory_size, forget):
     rng = np.random.default_rng(1)
     pairs = convex_pairs(rng, 3 * P + 1, N)
     v = rng.standard_normal((3, N))
-    memory = init_memory(memory_size, N, jnp.float64)
+    memory, kept = init_memory(memory_size, N, jnp.float64), []
     for count, (s, y) in enumerate(pairs, start=1):
-        memory = push(memory, Pair(jnp.asarray(s * 1e-3), jnp.asarray(y * 1e-3)), True)
-        expected = bfgs_of(pairs[:count][-memory_size:], N)
+        scale = 10.0 ** -(count % 4)  # which pair is redundant does not depend on lengths
+        pair = Pair(jnp.asarray(s * scale), jnp.asarray(y * scale))
+        memory = push(memory, pair, True, forget=forget)
+        kept = remember(kept, (s, y), memory_size, forget)
+        expected = bfgs_of(kept, N)
         tolerance = 1e-10 * np.abs(expected).max()
         assert memory.accepted == count
         np.testing.assert_allclose(matrix(memory), expected, rtol=0, atol=tolerance)
@@ -100,7 +109,9 @@ def test_triangle_is_the_inverse_of_the_kept_products(x64, count):
     """Rows and columns of the stored inverse are slots; sorted by age they invert triu(S Yᵀ)."""
     memory, _ = filled(count, dtype=jnp.float64)
     kept = min(count, P)
-    order = [(count - kept + age) % P for age in range(kept)]
+    numbers = np.asarray(memory.numbers)
+    order = [slot for slot in np.argsort(numbers) if numbers[slot] >= 0]
+    assert len(order) == len(set(numbers[order])) == kept
     s, y = np.asarray(memory.s)[order], np.asarray(memory.y)[order]
     triangle = np.asarray(memory.triangle_inverse)
     np.testing.assert_allclose(
@@ -114,15 +125,14 @@ def test_triangle_is_the_inverse_of_the_kept_products(x64, count):
 @pytest.mark.parametrize("count", [0, P - 1, P + 2])
 def test_pushing_in_two_parts_is_pushing(count):
     """The triangle and the vectors may be extended apart, as is done for many blocks at once."""
-    memory, _ = filled(count)
+    memory, _ = filled(count, forget="oldest")
     s, y = (jnp.float32(v) for v in convex_pairs(np.random.default_rng(5), 1, N)[0])
     unit = Pair(s / jnp.sqrt(s @ y), y / jnp.sqrt(s @ y))
-    books, slot = extend_triangle(
-        Bookkeeping(memory.triangle_inverse, memory.accepted), memory.s @ unit.y, True
-    )
+    scores = forget_scores(memory.numbers, None, memory.s @ s, "oldest")
+    books, slot = extend_triangle(books_of(memory), memory.s @ unit.y, True, scores)
     np.testing.assert_array_equal(slot, np.arange(P) == count % P)
     assert books.accepted == count + 1
-    expected = push(memory, Pair(s, y), True)
+    expected = push(memory, Pair(s, y), True, forget="oldest")
     for new, old in zip((*write_pair(memory, unit, slot), *books), expected, strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-5)
 
@@ -131,22 +141,21 @@ def test_pushing_in_two_parts_is_pushing(count):
     ("spoil", "accept"), [(0.0, False), (np.nan, True), (np.inf, True), (np.nan, False)]
 )
 def test_a_pair_that_is_not_used_leaves_the_triangle_and_has_no_slot(spoil, accept):
-    memory, _ = filled(P + 1)
-    books = Bookkeeping(memory.triangle_inverse, memory.accepted)
-    # Of the oldest pair, in slot 1, the product does not matter: that pair is forgotten.
+    books = books_of(filled(P + 1)[0])
+    # Of the pair in slot 1 the product does not matter: that pair is forgotten.
     projections = jnp.ones(P).at[2].add(spoil)
-    after, slot = extend_triangle(books, projections, accept)
+    after, slot = extend_triangle(books, projections, accept, jnp.arange(P) == 1)
     np.testing.assert_array_equal(after.triangle_inverse, books.triangle_inverse)
+    np.testing.assert_array_equal(after.numbers, books.numbers)
     assert after.accepted == books.accepted
     assert not slot.any()
 
 
 @pytest.mark.parametrize("product", [-7.0, np.inf, np.nan])
 def test_the_product_with_the_forgotten_pair_does_not_matter(product):
-    memory, _ = filled(P + 1)
-    books = Bookkeeping(memory.triangle_inverse, memory.accepted)
-    one, _ = extend_triangle(books, jnp.ones(P), True)
-    other, slot = extend_triangle(books, jnp.ones(P).at[1].set(product), True)
+    books, scores = books_of(filled(P + 1)[0]), jnp.arange(P) == 1
+    one, _ = extend_triangle(books, jnp.ones(P), True, scores)
+    other, slot = extend_triangle(books, jnp.ones(P).at[1].set(product), True, scores)
     np.testing.assert_array_equal(one.triangle_inverse, other.triangle_inverse)
     np.testing.assert_array_equal(slot, np.arange(P) == 1)
 
@@ -167,7 +176,7 @@ def test_float32_is_accurate_on_strongly_correlated_pairs(scale, tolerance):
         damped = damp_pair(
             pair, inverse_product(memory, pair.y[None])[0], damping=0.5, rule="powell_lm"
         )
-        return push_pair(memory, damped), damped
+        return push_pair(memory, damped, forget="oldest"), damped
 
     stacked = Pair(*(jnp.float32(np.stack(v)) for v in zip(*pairs, strict=True)))
     memory, damped = jax.jit(lambda m, p: jax.lax.scan(advance, m, p))(
@@ -203,6 +212,25 @@ def test_stack_equals_loop():
         one = push(memory, Pair(s[k], y[k]), accept[k])
         assert pushed.accepted[k] == one.accepted
         np.testing.assert_allclose(values[k], product(one, s[k][None]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_repeated_direction_takes_the_place_of_its_last_pair():
+    """Else what the other pairs know would be lost, one by one, to copies of the new one."""
+    memory, pairs = filled(P)
+    s, y = (jnp.float32(v) for v in pairs[2])
+    for scale in (2.0, 3.0, 4.0):
+        memory = push(memory, Pair(scale * s, scale * y), True)
+        assert memory.numbers[2] == memory.accepted - 1
+    np.testing.assert_array_equal(memory.numbers[jnp.array([0, 1, 3])], [0, 1, 3])
+
+
+def test_forget_scores_rank_empty_slots_first_and_check_the_rule():
+    numbers, products = jnp.array([3, -1, 2, -1]), jnp.ones(4)
+    for rule, gram in (("oldest", None), ("redundant", jnp.diag(jnp.array([1.0, 0, 1, 0])))):
+        assert jnp.argmax(forget_scores(numbers, gram, products, rule)) == 1
+    assert jnp.argmax(forget_scores(jnp.array([3, 1, 2, 4]), None, products, "oldest")) == 1
+    with pytest.raises(ValueError, match="forget"):
+        forget_scores(numbers, None, products, "newest")
 
 
 def test_memory_size_is_checked():

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.factors.factor_oracles import remember
+
 
 @dataclasses.dataclass
 class Record:
@@ -41,6 +43,7 @@ DEFAULTS = {
     "momentum_form": "ema",
     "input_factor": "minibatch",
     "memory_size": None,
+    "forget": "redundant",
     "update_every": 1,
     "pair_decay": 0.9,
     "moment_decay": 0.9,
@@ -170,9 +173,9 @@ class Oracle:
         if self.memory_size is None:
             layer.h_g = bfgs(layer.h_g, s, y)
             return
-        layer.pairs.append((s, y))
+        layer.pairs = remember(layer.pairs, (s, y), self.memory_size, self.forget)
         layer.h_g = np.eye(len(s))
-        for pair in layer.pairs[-self.memory_size :]:
+        for pair in layer.pairs:
             layer.h_g = bfgs(layer.h_g, *pair)
 
     def rejects(self, side, s, y, reference):

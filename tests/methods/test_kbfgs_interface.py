@@ -378,6 +378,7 @@ OUT_OF_RANGE = [
     ("memory_size", 0),
     ("memory_size", 2.0),
     ("memory_size", True),
+    ("forget", "newest"),
     ("update_every", 0),
     ("update_every", 1.5),
     ("update_every", None),

@@ -158,7 +158,7 @@ VARIANTS = {
         "memory_size": 1,
     },
     "limited": {"memory_size": 3},
-    "limited, paper of 2020": {"memory_size": 2, **PAPER_2020},
+    "limited, paper of 2020": {"memory_size": 2, "forget": "oldest", **PAPER_2020},
     "other decays": {
         "damping": 0.05,
         "pair_decay": 0.0,
