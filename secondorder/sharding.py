@@ -103,6 +103,51 @@ def merge_axes(array: jax.Array, shape: Sequence[int], axis: int) -> jax.Array:
     return jnp.reshape(array, shape, out_sharding=merged)
 
 
+def contract(
+    a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int]], dtype: Any
+) -> jax.Array:
+    """Sums products over pairs of axes, whatever is sharded; the free axes keep their shardings.
+
+    Args:
+      a: An array.
+      b: An array of the same dtype; contracted axes are sharded as those of ``a``.
+      axes: The contracted axes of each.
+      dtype: In which to accumulate, and that of the result.
+
+    Returns:
+      The free axes of ``a``, then those of ``b``; full precision on every device.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> contract(jnp.ones((2, 3)), jnp.ones((3, 2)), ((1,), (0,)), jnp.float32).tolist()
+      [[3.0, 3.0], [3.0, 3.0]]
+    """
+    return jax.lax.dot_general(
+        a,
+        b,
+        ((tuple(axes[0]), tuple(axes[1])), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+        **_out_sharding(((a, axes[0]), (b, axes[1]))),
+    )
+
+
+def _out_sharding(operands: Sequence[tuple[jax.Array, Sequence[int]]]) -> dict[str, Any]:
+    """The sharding of the axes of some operands that are not contracted, on an Explicit mesh."""
+    names: list[Any] = []
+    mesh = None
+    for array, contracted in operands:
+        sharding = _explicit(array)
+        mesh = mesh if sharding is None else sharding.mesh
+        given = () if sharding is None else tuple(sharding.spec)
+        given += (None,) * (array.ndim - len(given))
+        names += [name for axis, name in enumerate(given) if axis not in contracted]
+    if mesh is None:
+        return {}
+    free = jax.sharding.PartitionSpec(*names)
+    return {"out_sharding": jax.sharding.NamedSharding(mesh, free)}
+
+
 def replicated_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros on the present mesh; before JAX 0.7 those of `jax.numpy` are on none.
 
