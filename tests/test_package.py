@@ -22,7 +22,7 @@ PUBLIC = sorted(set(so.__all__) - {"__version__"})
 FLOORS = (
     ("_version", "checks", "sharding"),
     ("objective",),
-    ("layers", "factors"),
+    ("layers", "factors", "tree", "solvers", "control"),
     ("methods",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

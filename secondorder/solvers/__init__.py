@@ -1,0 +1,88 @@
+"""Subproblems of a quadratic model whose matrix is an identity plus a term of low rank.
+
+In the eigenbasis of that term a step is ``k + 1`` numbers. Solvers see these and nothing else: no
+vectors of parameters, no objective.
+
+* `compact_sr1`: limited-memory SR1, its eigenbasis, and the pairs that are safe to use.
+* `initial_scale`: the multiple of the identity that SR1 starts from.
+* `quadratic`: the model, steps, norms, the decrease that a step promises.
+* `secular`: the scalar equation behind a bound or a penalty on the Euclidean norm.
+* `trust_region`: a bound on the Euclidean norm.
+* `shape_changing`: bounds that follow the eigenbasis.
+* `cubic`: cubic penalties.
+* `regularized`: a shift of the spectrum.
+* `curvilinear`: descent and negative curvature on one curve.
+"""
+
+from secondorder.solvers.compact_sr1 import (
+    CompactSR1,
+    PairGram,
+    SR1Eigenbasis,
+    compact_sr1,
+    middle_matrix,
+    orthonormal_combinations,
+    pair_gram,
+    sr1_eigenbasis,
+)
+from secondorder.solvers.cubic import (
+    cubic_decrease,
+    cubic_step,
+    separable_cubic_decrease,
+    separable_cubic_step,
+)
+from secondorder.solvers.curvilinear import (
+    CurvilinearResult,
+    curvilinear_decrease,
+    curvilinear_search,
+    curvilinear_steps,
+)
+from secondorder.solvers.initial_scale import (
+    ScaleRule,
+    barzilai_borwein,
+    curvature_range,
+    initial_scale,
+)
+from secondorder.solvers.quadratic import (
+    ModelStep,
+    QuadraticModel,
+    clip_step,
+    model_decrease,
+    step_norm,
+)
+from secondorder.solvers.regularized import raised_shift, regularized_step
+from secondorder.solvers.shape_changing import ShapeNorm, shape_changing_step, shape_norm
+from secondorder.solvers.trust_region import trust_region_step
+
+__all__ = [
+    "CompactSR1",
+    "CurvilinearResult",
+    "ModelStep",
+    "PairGram",
+    "QuadraticModel",
+    "SR1Eigenbasis",
+    "ScaleRule",
+    "ShapeNorm",
+    "barzilai_borwein",
+    "clip_step",
+    "compact_sr1",
+    "cubic_decrease",
+    "cubic_step",
+    "curvature_range",
+    "curvilinear_decrease",
+    "curvilinear_search",
+    "curvilinear_steps",
+    "initial_scale",
+    "middle_matrix",
+    "model_decrease",
+    "orthonormal_combinations",
+    "pair_gram",
+    "raised_shift",
+    "regularized_step",
+    "separable_cubic_decrease",
+    "separable_cubic_step",
+    "shape_changing_step",
+    "shape_norm",
+    "sr1_eigenbasis",
+    "step_norm",
+    "trust_region_step",
+]
