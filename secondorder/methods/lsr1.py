@@ -1,0 +1,415 @@
+r"""L-SR1: limited-memory symmetric rank-one quasi-Newton, with a trust region.
+
+SR1 approximates the Hessian without forcing it to be positive definite: near a saddle point its
+model has the negative curvature that leads away. A model that may be unbounded needs a region in
+which it is trusted, or a penalty; each trial step is judged by the objective itself, on the same
+batch that the model is made of, before it is taken. That makes `lsr1` *terminal*, as optax's line
+searches are: what it returns is the step.
+
+References:
+  Ramamurthy, Duffy. L-SR1: A Second Order Optimization Method for Deep Learning. ICLR 2017
+  submission ("the paper").
+  Byrd, Nocedal, Schnabel (1994), Representations of quasi-Newton matrices and their use in limited
+  memory methods. Mathematical Programming 63.
+  Brust, Erway, Marcia (2017), On solving L-SR1 trust-region subproblems. arXiv 1506.07222.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from secondorder import tree as vectors
+from secondorder.checks import check_choice, check_range, check_static_count, is_number
+from secondorder.control import RadiusRule, next_radius, reduction_ratio
+from secondorder.methods.lsr1_model import (
+    ModelKind,
+    ScaleSetting,
+    SR1Model,
+    build_model,
+    check_scale,
+)
+from secondorder.methods.lsr1_proposal import Proposal, propose
+from secondorder.objective import (
+    all_finite,
+    check_params,
+    check_value_fn,
+    value_and_aux,
+    value_and_grad,
+)
+from secondorder.sharding import shard_like
+from secondorder.tree import PairMemory
+
+_RULE = RadiusRule()
+
+
+class LSR1Metrics(NamedTuple):
+    """What `lsr1` reports, all scalars.
+
+    Attributes:
+      ratio: Actual over predicted reduction of the last trial step.
+      step_norm: Length of that trial step.
+      scale: ``γ`` of its model.
+      smallest_eigenvalue: Of its matrix.
+      largest_eigenvalue: Of its matrix.
+      pairs_kept: Pairs that its matrix used, int32.
+      pairs_skipped: Pairs in the memory that it left out, int32.
+      rejections: Trial steps rejected since `init`, int32.
+      probes: Random trial steps at stationary points since `init`, int32.
+      restarts: How often the memory was emptied, int32.
+      nonfinite_steps: Batches whose value or gradient was not finite; they changed nothing.
+    """
+
+    ratio: jax.Array
+    step_norm: jax.Array
+    scale: jax.Array
+    smallest_eigenvalue: jax.Array
+    largest_eigenvalue: jax.Array
+    pairs_kept: jax.Array
+    pairs_skipped: jax.Array
+    rejections: jax.Array
+    probes: jax.Array
+    restarts: jax.Array
+    nonfinite_steps: jax.Array
+
+
+class LSR1State(NamedTuple):
+    """State of `lsr1`.
+
+    Attributes:
+      count: Updates so far, int32.
+      memory: The pairs.
+      radius: Of the trust region; with a penalty the inverse of its weight.
+      last_step: Length of the last step if it was accepted and is the newest pair, else 0.
+      rejected_in_a_row: Trial steps rejected since the last accepted one, int32.
+      largest_gradient: The largest gradient norm so far.
+      diagonal: Second moments of the gradient, like the parameters, or None.
+      value: With ``full_batch`` the value at the parameters after the step, else None.
+      grad: With ``full_batch`` the gradient there, else None.
+      metrics: What is reported.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
+    memory: PairMemory
+    radius: jax.Array
+    last_step: jax.Array
+    rejected_in_a_row: jax.Array
+    largest_gradient: jax.Array
+    diagonal: chex.ArrayTree | None
+    value: jax.Array | None
+    grad: chex.ArrayTree | None
+    metrics: LSR1Metrics
+
+
+def lsr1(
+    *,
+    memory_size: int = 10,
+    model: ModelKind = "trust_region",
+    scale: ScaleSetting = "bb",
+    radius: chex.Numeric = 1.0,
+    radius_rule: RadiusRule = _RULE,
+    acceptance: chex.Numeric = 1e-4,
+    skip: chex.Numeric = 1e-8,
+    momentum: chex.Numeric = 0.0,
+    diagonal_decay: chex.Numeric | None = None,
+    restart_after: chex.Numeric = 5,
+    storage_dtype: DTypeLike | None = None,
+    full_batch: bool = False,
+    weight_decay: chex.Numeric = 0.0,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""L-SR1 with a trust region: Newton-like steps that saddle points do not stop.
+
+    With the pairs :math:`(s, y)` of the last trial steps, SR1 makes a matrix
+    :math:`B = \gamma I + \Psi W \Psi^\top`, and the trial step is
+
+    .. math:: p = \arg\min_p\; g^\top p + \tfrac12 p^\top B p, \qquad \|p\| \le \Delta.
+
+    The objective is evaluated at :math:`\theta + p`, on the same batch; the step is returned if the
+    reduction is at least ``acceptance`` times the predicted one, and zeros are if not. Either way
+    :math:`s = p` and :math:`y = \nabla f(\theta + p) - \nabla f(\theta)` become a pair: a step that
+    failed carries the curvature that the model lacked. One update costs one value and gradient
+    more than the caller's own.
+
+    The paper's settings are::
+
+        so.lsr1(memory_size=5, model="trust_region", scale="bb", radius=1.0,
+                radius_rule=so.RadiusRule(shrink=0.5, grow=2.0), skip=1e-8, momentum=0.0)
+
+    (it does not state ``scale`` and ``radius``).
+
+    Args:
+      memory_size: Number of pairs ``m``. Static.
+      model: ``"trust_region"``: a Euclidean ball, solved exactly; ``"shape_changing"``: a box in
+        the eigenbasis of ``B``; ``"cubic"``: a cubic penalty; ``"regularized"`` (or
+        ``"regularised"``): a multiple of the identity added to ``B``. Static.
+      scale: :math:`\gamma`: ``"bb"`` (Barzilai-Borwein of the newest pair), ``"pencil_below"`` or
+        ``"pencil_above"`` (outside the curvature of the pairs), or a number.
+      radius: First :math:`\Delta > 0`; for the last two models the inverse of the penalty's weight.
+      radius_rule: How it follows the ratio of actual to predicted reduction.
+      acceptance: Least ratio of a step that is taken, in [0, 1).
+      skip: Pairs with :math:`|s^\top r| <` this times :math:`\|s\| \|r\|` are left out, where
+        :math:`r = y - B s`.
+      momentum: Share of the previous step that is mixed into a step, in [0, 1).
+      diagonal_decay: None, or the decay of the second moments of the gradient, in [0, 1). Their
+        roots then are a diagonal metric, as in Adam: :math:`B_0 = \gamma D`, and regions are
+        ellipsoids.
+      restart_after: Empty the memory after so many rejections in a row.
+      storage_dtype: Of the stored vectors, such as ``jnp.bfloat16``; default float32 or wider.
+      full_batch: Keep value and gradient at the accepted point in the state, for
+        `optax.value_and_grad_from_state`; then an update costs one gradient in all. Static.
+      weight_decay: Coefficient :math:`\tau \ge 0` of :math:`\tau|\theta|^2/2`, which is added to
+        the objective.
+      seed: Of the random steps that are tried where the gradient vanishes.
+
+    Returns:
+      A transform whose ``update`` needs ``params`` and ``value_fn``; ``value`` and ``grad`` at the
+      parameters are computed if they are not given. ``curvature_fn``, an objective on another
+      batch, gives the pairs if it is there, at two of its gradients. Nothing should follow it in
+      a chain. Batches that are not finite give a zero update and change only a counter.
+
+    Raises:
+      ValueError: For hyperparameters out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import secondorder as so
+      >>> saddle = lambda p: p[0] ** 2 - p[1] ** 2 + p[1] ** 4 / 4
+      >>> params, tx = jnp.zeros(2), so.lsr1(full_batch=True)
+      >>> state = tx.init(params)
+      >>> value_and_grad = optax.value_and_grad_from_state(saddle)
+      >>> for _ in range(40):
+      ...     value, grad = value_and_grad(params, state=state)
+      ...     updates, state = tx.update(
+      ...         grad, state, params, value=value, grad=grad, value_fn=saddle)
+      ...     params = optax.apply_updates(params, updates)
+      >>> round(float(saddle(params)), 4)
+      -1.0
+
+    References:
+      Ramamurthy, Duffy (2017), L-SR1: A Second Order Optimization Method for Deep Learning;
+      Nocedal, Wright (2006), Numerical Optimization, algorithm 6.2.
+    """
+    check_static_count("memory_size", memory_size)
+    check_choice("model", model, get_args(ModelKind))
+    check_scale(scale)
+    check_range("radius", radius, low=0, open_low=True)
+    check_range("acceptance", acceptance, low=0, high=1)
+    check_range("skip", skip, low=0, high=1)
+    check_range("momentum", momentum, low=0, high=1)
+    check_range("diagonal_decay", diagonal_decay, low=0, high=1)
+    check_range("restart_after", restart_after, low=1)
+    check_range("weight_decay", weight_decay, low=0)
+
+    def init(params: chex.ArrayTree) -> LSR1State:
+        check_params(params, "lsr1")
+        dtype = vectors.accumulation_dtype(params)
+        moments = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+        return LSR1State(
+            count=jnp.zeros((), jnp.int32),
+            memory=vectors.init_pairs(params, memory_size, storage_dtype),
+            radius=jnp.asarray(radius, dtype),
+            last_step=jnp.zeros((), dtype),
+            rejected_in_a_row=jnp.zeros((), jnp.int32),
+            largest_gradient=jnp.zeros((), dtype),
+            diagonal=None if diagonal_decay is None else moments,
+            value=jnp.asarray(jnp.inf, dtype) if full_batch else None,
+            grad=jax.tree.map(jnp.zeros_like, params) if full_batch else None,
+            metrics=_no_metrics(dtype),
+        )
+
+    def update(
+        updates: chex.ArrayTree,
+        state: LSR1State,
+        params: chex.ArrayTree | None = None,
+        *,
+        value: jax.Array | None = None,
+        grad: chex.ArrayTree | None = None,
+        value_fn: Callable[[Any], Any] | None = None,
+        curvature_fn: Callable[[Any], Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, LSR1State]:
+        del extra_args
+        check_params(params, "lsr1")
+        check_value_fn(value_fn, "lsr1")
+        objective: Any = value_fn
+        grad = updates if grad is None else grad
+        value = value_and_aux(objective)(params)[0] if value is None else value
+        decayed_value, gradient = _add_decay(value, grad, params, weight_decay)
+        usable = all_finite((decayed_value, gradient))
+
+        # 1. The model: diagonal metric, inner products with the memory, SR1.
+        diagonal, metric = _metric(state, gradient, usable, diagonal_decay)
+        scaled = _times(metric, gradient)
+        memory, products = vectors.project_on_pairs(state.memory, scaled)
+        gradient_square = vectors.inner(scaled, scaled)
+        sr1 = build_model(memory, products, gradient_square, scale, skip)
+
+        # 2. The trial step.
+        largest_gradient = jnp.maximum(state.largest_gradient, jnp.sqrt(gradient_square))
+        proposal = propose(
+            model,
+            sr1,
+            memory,
+            scaled,
+            state.radius,
+            state.last_step,
+            momentum,
+            largest_gradient,
+            jax.random.fold_in(jax.random.key(seed), state.count),
+        )
+        step = jax.tree.map(lambda p, s: s.astype(p.dtype), params, _times(metric, proposal.step))
+        trial = optax.apply_updates(params, step)
+
+        # 3. The objective there, on the same batch.
+        trial_value, trial_grad = value_and_grad(objective, trial)
+        decayed_trial, trial_gradient = _add_decay(trial_value, trial_grad, trial, weight_decay)
+        moved = usable & (proposal.norm > 0)
+        resolved = moved & all_finite((decayed_trial, trial_gradient))
+        ratio = reduction_ratio(decayed_value, decayed_trial, proposal.measures.decrease)
+        # A random step is no prediction: it must bring something.
+        bar = jnp.where(proposal.is_probe, 1 + acceptance, acceptance)
+        accepted = resolved & (ratio > bar)
+
+        # 4. The pair, of rejected steps too.
+        before, after = gradient, trial_gradient
+        if curvature_fn is not None:
+            before, after = _curvature_gradients(curvature_fn, params, trial, weight_decay)
+            resolved &= all_finite((before, after))
+        s, y = _pair(params, trial, before, after, metric, proposal.norm)
+        memory = vectors.push_pair(memory, s, y, resolved)
+
+        # 5. Radius and restart. A random step that failed says nothing of the region.
+        in_a_row = jnp.where(accepted, 0, state.rejected_in_a_row + 1)
+        restarts = in_a_row >= restart_after
+        steered = next_radius(radius_rule, state.radius, ratio, proposal.measures.length)
+        failed_probe = proposal.is_probe & ~accepted
+        control = LSR1State(
+            count=optax.safe_increment(state.count),
+            memory=vectors.drop_pairs(memory, restarts & usable),
+            radius=jnp.where(failed_probe | ~moved, state.radius, steered),
+            last_step=jnp.where(accepted, proposal.norm, 0),
+            rejected_in_a_row=jnp.where(restarts, 0, in_a_row),
+            largest_gradient=largest_gradient,
+            diagonal=diagonal,
+            value=jnp.where(accepted, trial_value, value) if full_batch else None,
+            grad=optax.tree_utils.tree_where(accepted, trial_grad, grad) if full_batch else None,
+            metrics=_report(state.metrics, sr1, proposal, ratio, accepted, restarts),
+        )
+        step = jax.tree.map(lambda p: jnp.where(accepted, p, jnp.zeros_like(p)), step)
+        return step, _unless_unusable(usable, control, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _no_metrics(dtype: Any) -> LSR1Metrics:
+    numbers = LSR1Metrics(*(jnp.zeros((), jnp.int32) for _ in LSR1Metrics._fields))
+    reals = ("ratio", "step_norm", "scale", "smallest_eigenvalue", "largest_eigenvalue")
+    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
+
+
+def _add_decay(
+    value: jax.Array, grad: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
+) -> tuple[jax.Array, chex.ArrayTree]:
+    """Value and gradient with those of ``weight_decay |params|^2 / 2``, float32 or wider."""
+    dtype = vectors.accumulation_dtype(params)
+    value = jnp.asarray(value, dtype)
+    grad = jax.tree.map(lambda g, p: shard_like(g.astype(dtype), p), grad, params)
+    if is_number(weight_decay) and weight_decay == 0:
+        return value, grad
+    value += 0.5 * weight_decay * vectors.inner(params, params)
+    return value, jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), grad, params)
+
+
+def _curvature_gradients(
+    curvature_fn: Callable[[Any], Any],
+    params: chex.ArrayTree,
+    trial: chex.ArrayTree,
+    weight_decay: chex.Numeric,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """The gradients of another objective at both points."""
+    check_value_fn(curvature_fn, "lsr1", "curvature_fn")
+    before, after = (
+        _add_decay(*value_and_grad(curvature_fn, point), point, weight_decay)[1]
+        for point in (params, trial)
+    )
+    return before, after
+
+
+def _metric(
+    state: LSR1State, gradient: chex.ArrayTree, usable: jax.Array, decay: chex.Numeric | None
+) -> tuple[chex.ArrayTree | None, chex.ArrayTree | None]:
+    r"""The second moments of the gradient, and ``D^{-1/2}`` with ``D`` their roots."""
+    if decay is None:
+        return None, None
+    moments = jax.tree.map(
+        lambda v, g: jnp.where(usable, decay * v + (1 - decay) * g**2, v), state.diagonal, gradient
+    )
+    correction = 1 - jnp.asarray(decay, state.radius.dtype) ** (state.count + 1)
+    tiny = 1e-8  # as in Adam
+    return moments, jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v / correction) + tiny), moments)
+
+
+def _times(metric: chex.ArrayTree | None, vector: chex.ArrayTree) -> chex.ArrayTree:
+    return vector if metric is None else jax.tree.map(jnp.multiply, metric, vector)
+
+
+def _pair(
+    params: chex.ArrayTree,
+    trial: chex.ArrayTree,
+    before: chex.ArrayTree,
+    after: chex.ArrayTree,
+    metric: chex.ArrayTree | None,
+    norm: jax.Array,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """The pair of a trial step, scaled to ``|s| = 1``, in the coordinates of the metric.
+
+    The step is taken from the two points, so that it is what the parameters' dtype made of it.
+    """
+    factor = 1 / jnp.where(norm > 0, norm, 1)
+    s = jax.tree.map(
+        lambda p, q, g: factor * (q.astype(g.dtype) - p.astype(g.dtype)), params, trial, before
+    )
+    y = jax.tree.map(lambda a, b: factor * (b - a), before, after)
+    inverse = None if metric is None else jax.tree.map(jnp.reciprocal, metric)
+    return _times(inverse, s), _times(metric, y)
+
+
+def _report(
+    metrics: LSR1Metrics,
+    model: SR1Model,
+    proposal: Proposal,
+    ratio: jax.Array,
+    accepted: jax.Array,
+    restarts: jax.Array,
+) -> LSR1Metrics:
+    quadratic, used = model.quadratic, model.matrix.used
+    stored = jnp.sum(jnp.diagonal(model.gram)[: len(used)] > 0, dtype=jnp.int32)
+    kept = jnp.sum(used, dtype=jnp.int32)
+    return LSR1Metrics(
+        ratio=ratio.astype(metrics.ratio.dtype),
+        step_norm=proposal.norm,
+        scale=quadratic.complement,
+        smallest_eigenvalue=jnp.min(quadratic.eigenvalues),
+        largest_eigenvalue=jnp.max(quadratic.eigenvalues),
+        pairs_kept=kept,
+        pairs_skipped=stored - kept,
+        rejections=metrics.rejections + ~accepted,
+        probes=metrics.probes + proposal.is_probe,
+        restarts=metrics.restarts + restarts,
+        nonfinite_steps=metrics.nonfinite_steps,
+    )
+
+
+def _unless_unusable(usable: jax.Array, new: LSR1State, old: LSR1State) -> LSR1State:
+    """The old state with one more batch counted, if the batch was not finite.
+
+    The memory takes care of itself: nothing that is not finite was written to it.
+    """
+    count = old.metrics.nonfinite_steps + 1
+    unchanged = old._replace(memory=new.memory, metrics=old.metrics._replace(nonfinite_steps=count))
+    return jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, unchanged)

@@ -1,0 +1,139 @@
+"""The trial step of L-SR1: the minimizer of the model, with momentum, or a random step."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from secondorder import tree as vectors
+from secondorder.checks import is_number
+from secondorder.methods.lsr1_model import (
+    Combination,
+    Measures,
+    ModelKind,
+    SR1Model,
+    as_combination,
+    assemble,
+    blend,
+    decrease_of,
+    norm_of,
+    solve_model,
+)
+from secondorder.sharding import shard_like
+from secondorder.solvers import step_norm
+from secondorder.tree import PairMemory
+
+
+class Proposal(NamedTuple):
+    """A trial step in the coordinates of the model, and what the model says of it.
+
+    Attributes:
+      step: A pytree like the parameters.
+      norm: Its Euclidean length.
+      measures: Its length in the norm of the region, and the decrease that is predicted.
+      is_probe: Whether it is random.
+    """
+
+    step: chex.ArrayTree
+    norm: jax.Array
+    measures: Measures
+    is_probe: jax.Array
+
+
+def propose(
+    kind: ModelKind,
+    model: SR1Model,
+    memory: PairMemory,
+    gradient: chex.ArrayTree,
+    radius: jax.Array,
+    last_step: jax.Array,
+    momentum: chex.Numeric,
+    largest_gradient: jax.Array,
+    key: jax.Array,
+) -> Proposal:
+    """The step of the model, or a random one where the gradient vanishes and the model is convex.
+
+    Args:
+      kind: Which region or penalty; static.
+      model: The model.
+      memory: The memory that it is made of.
+      gradient: The gradient.
+      radius: Radius of the region; for penalties the inverse of their weight.
+      last_step: Length of the newest pair's step, if that was the last step, else 0.
+      momentum: Share of the last step in this one.
+      largest_gradient: The largest gradient norm so far: what vanishes is judged by it.
+      key: Of the random step.
+
+    Returns:
+      The proposal.
+    """
+    step, measures = solve_model(kind, model.quadratic, radius)
+    combination, norm = as_combination(model, step), step_norm(step)
+    if not (is_number(momentum) and momentum == 0):
+        combination, norm, measures = _add_momentum(
+            kind, model, memory, combination, norm, measures, radius, last_step, momentum
+        )
+    eps = float(np.finfo(norm.dtype).eps)
+    stationary = jnp.sqrt(model.gradient_square) <= eps * largest_gradient
+    curves_down = jnp.any(model.quadratic.kept & (model.quadratic.eigenvalues < 0))
+    is_probe = stationary & ~curves_down
+
+    def random(_: Any) -> chex.ArrayTree:
+        return _random_step(key, gradient, radius)
+
+    def solved(memory: PairMemory) -> chex.ArrayTree:
+        return assemble(combination, memory, gradient)
+
+    vector = jax.lax.cond(is_probe, random, solved, memory)
+    return Proposal(
+        step=vector,
+        norm=jnp.where(is_probe, radius, norm),
+        measures=Measures(
+            jnp.where(is_probe, radius, measures.length),
+            jnp.where(is_probe, 0, measures.decrease),
+        ),
+        is_probe=is_probe,
+    )
+
+
+def _add_momentum(
+    kind: ModelKind,
+    model: SR1Model,
+    memory: PairMemory,
+    combination: Combination,
+    norm: jax.Array,
+    measures: Measures,
+    radius: jax.Array,
+    last_step: jax.Array,
+    momentum: chex.Numeric,
+) -> tuple[Combination, jax.Array, Measures]:
+    """Blends the last step in, if the model promises a decrease along the mixture too."""
+    mixed = blend(combination, vectors.newest_slot(memory), last_step, momentum)
+    mixed_norm = norm_of(model, mixed)
+    if kind in ("trust_region", "shape_changing"):
+        factor = jnp.minimum(1, radius / jnp.where(mixed_norm > 0, mixed_norm, 1))
+        mixed = jax.tree.map(lambda c: factor * c, mixed)
+        mixed_norm = factor * mixed_norm
+    decrease = decrease_of(model, mixed)
+    use = (last_step > 0) & (decrease > 0)
+    length = jnp.where(kind in ("trust_region", "shape_changing"), mixed_norm, measures.length)
+    return jax.tree.map(
+        lambda new, old: jnp.where(use, new, old),
+        (mixed, mixed_norm, Measures(length, decrease)),
+        (combination, norm, measures),
+    )
+
+
+def _random_step(key: jax.Array, like: chex.ArrayTree, length: jax.Array) -> chex.ArrayTree:
+    """A step of a given length in a direction uniform on the sphere."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        shard_like(jax.random.normal(k, leaf.shape, leaf.dtype), leaf)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    direction = jax.tree.unflatten(structure, drawn)
+    norm = jnp.sqrt(vectors.inner(direction, direction))
+    return jax.tree.map(lambda d: d * (length / norm), direction)
