@@ -12,11 +12,16 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problem", required=True, choices=sorted(PROBLEMS), metavar="P")
     parser.add_argument("--batch-size", type=int, metavar="B", help="default: the problem's own")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
+    add_data_dir(parser)
+    parser.add_argument("--train-size", type=int, metavar="N", help="use N training samples")
+    parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--data-dir``."""
     parser.add_argument(
         "--data-dir", metavar="DIR", help=f"folder of the data files; default ${DATA_VARIABLE}"
     )
-    parser.add_argument("--train-size", type=int, metavar="N", help="use N training samples")
-    parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -2,15 +2,24 @@
 
 import argparse
 from collections.abc import Sequence
+from types import ModuleType
 
-from benchmarks import cost, demo, train, tune
+from benchmarks import cost, demo, deterministic, saddles, sensitivity, train, tune
 from benchmarks.data import DataError
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.records import fail
 from benchmarks.settings import SettingError
 
-_COMMANDS = {"train": train, "tune": tune, "cost": cost, "demo": demo}
+_COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "tune": tune,
+    "sensitivity": sensitivity,
+    "cost": cost,
+    "deterministic": deterministic,
+    "saddles": saddles,
+    "demo": demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary,
-            epilog=_catalogue(),
+            # Some commands have problems and methods of their own.
+            epilog=getattr(module, "catalogue", _catalogue)(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)

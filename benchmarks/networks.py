@@ -53,21 +53,34 @@ def apply_autoencoder(params: DenseStack, inputs: jax.Array) -> jax.Array:
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 (LeCun et al. 1998) with today's ReLU and max-pooling: 61706 parameters."""
+    """LeNet-5 (LeCun et al. 1998) with today's ReLU and max-pooling: 61706 parameters.
+
+    Attributes:
+        classes: Number of classes.
+        normalize: Puts batch normalization, with statistics of the batch, before each ReLU, in
+            place of the biases: 61932 parameters.
+    """
 
     classes: int = 10
+    normalize: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps ``(batch, 28, 28, 1)`` images to ``(batch, classes)`` logits."""
-        hidden = nn.relu(nn.Conv(6, (5, 5), padding="SAME")(images))
+        bias = not self.normalize
+        hidden = self._activate(nn.Conv(6, (5, 5), padding="SAME", use_bias=bias)(images))
         hidden = _halve(hidden)
-        hidden = nn.relu(nn.Conv(16, (5, 5), padding="VALID")(hidden))
+        hidden = self._activate(nn.Conv(16, (5, 5), padding="VALID", use_bias=bias)(hidden))
         hidden = _halve(hidden)
         hidden = hidden.reshape(hidden.shape[0], -1)
-        hidden = nn.relu(nn.Dense(120)(hidden))
-        hidden = nn.relu(nn.Dense(84)(hidden))
+        hidden = self._activate(nn.Dense(120, use_bias=bias)(hidden))
+        hidden = self._activate(nn.Dense(84, use_bias=bias)(hidden))
         return nn.Dense(self.classes)(hidden)
+
+    def _activate(self, hidden: jax.Array) -> jax.Array:
+        if self.normalize:
+            hidden = nn.BatchNorm(use_running_average=False)(hidden)
+        return nn.relu(hidden)
 
 
 class DigitsCNN(nn.Module):

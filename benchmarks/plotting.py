@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +34,15 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
+class Line:
+    """Training losses of one run over anything."""
+
+    label: str
+    positions: Sequence[float]
+    losses: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Panel:
     """The runs of one problem: one row of the figure."""
 
@@ -48,27 +58,54 @@ def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
         title: Title of the figure.
         panels: One per problem.
     """
-    figure = Figure(figsize=(11, 4 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14)
+    figure = _figure(title, width=11, height=4 * len(panels))
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for (over_steps, over_seconds), panel in zip(axes, panels, strict=True):
         for number, curve in enumerate(panel.curves):
-            style = _style(number, curve)
+            style = _style(number, curve.label, curve.is_dashed)
             over_steps.plot(curve.steps, curve.losses, **style)
             over_seconds.plot(curve.seconds, curve.losses, **style)
         _decorate(over_steps, panel.title, "steps")
         _decorate(over_seconds, panel.title, "training seconds, without compilation")
         over_steps.legend(frameon=False)
+    _save(figure, path)
+
+
+def save_lines(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> None:
+    """Saves a figure with one line per run.
+
+    Args:
+        path: The PNG file.
+        title: Title of the figure.
+        x_label: What the positions are.
+        lines: One per run.
+    """
+    figure = _figure(title, width=7, height=5)
+    axes = figure.subplots()
+    for number, line in enumerate(lines):
+        axes.plot(line.positions, line.losses, **_style(number, line.label, is_dashed=False))
+    _decorate(axes, "", x_label)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _figure(title: str, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=14)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def _style(number: int, curve: Curve) -> dict[str, object]:
+def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
     return {
-        "label": curve.label,
+        "label": label,
         "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": "--" if curve.is_dashed else "-",
+        "linestyle": "--" if is_dashed else "-",
         "linewidth": 1.8,
     }
 

@@ -121,13 +121,25 @@ def _classifier(
     image_shape: tuple[int, int, int],
     batch_size: int,
 ) -> Problem:
-    """A problem with a Flax Linen network and softmax cross entropy."""
+    """A problem with a Flax Linen network and softmax cross entropy.
+
+    Running statistics of the network, if it keeps any, are dropped: it is applied to each batch
+    with the statistics of that batch.
+    """
+
+    def init(key: jax.Array) -> Params:
+        return {"params": network.init(key, jnp.zeros((1, *image_shape)))["params"]}
+
+    def model(params: Params, images: jax.Array) -> jax.Array:
+        outputs, _ = network.apply(params, images, mutable=["batch_stats"])
+        return jnp.asarray(outputs)
+
     return Problem(
         name=name,
         description=description,
         load=load,
-        init=lambda key: network.init(key, jnp.zeros((1, *image_shape))),
-        model=lambda params, images: jnp.asarray(network.apply(params, images)),
+        init=init,
+        model=model,
         loss=networks.softmax_cross_entropy,
         batch_size=batch_size,
         l2=1e-5,
@@ -175,6 +187,14 @@ _ALL = (
         "MNIST, LeNet-5 with ReLU and max-pooling",
         data.mnist,
         networks.LeNet5(),
+        image_shape=(28, 28, 1),
+        batch_size=128,
+    ),
+    _classifier(
+        "mnist-lenet5-bn",
+        "MNIST, LeNet-5 with batch normalization, evaluated with statistics of 1000 samples",
+        data.mnist,
+        networks.LeNet5(normalize=True),
         image_shape=(28, 28, 1),
         batch_size=128,
     ),

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
+from benchmarks.evaluations import linesearch_gradients
 from benchmarks.methods import Context, Method
 from benchmarks.problems import Batch, Params, Problem
 from benchmarks.settings import SettingError, Settings
@@ -19,10 +20,17 @@ IndexArray = NDArray[np.int32]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: parameters and optimizer state."""
+    """What a step changes.
+
+    Attributes:
+        params: The parameters.
+        opt_state: The state of the optimizer.
+        linesearch_gradients: Gradients that line searches have evaluated so far.
+    """
 
     params: Params
     opt_state: optax.OptState
+    linesearch_gradients: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,9 @@ def training_step(
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value=value, grad=grads, value_fn=objective
         )
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
+        params = optax.apply_updates(state.params, updates)
+        searched = state.linesearch_gradients + linesearch_gradients(opt_state)
+        return TrainState(params, opt_state, searched), value
 
     return step
 
@@ -83,7 +93,7 @@ def initial_state(optimizer: optax.GradientTransformationExtraArgs, params: Para
 
     The parameters are copied, because a method may keep them in its own state too.
     """
-    state = TrainState(params, optimizer.init(params))
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     copied: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     return copied
 

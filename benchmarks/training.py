@@ -72,6 +72,8 @@ class EpochRecord:
     Attributes:
         epoch: Whole, except where the time ran out or the run diverged within one.
         step: Steps so far.
+        gradients: Gradients of one batch that were evaluated so far, those of line searches
+            included.
         seconds: Training time so far, without compilation and evaluation.
         train_loss: Over all training samples, with the L2 term.
         test_loss: Over all test samples, with the L2 term.
@@ -81,6 +83,7 @@ class EpochRecord:
 
     epoch: float
     step: int
+    gradients: int
     seconds: float
     train_loss: float
     test_loss: float
@@ -133,6 +136,11 @@ class Run:
             if record.diverged or self._is_out_of_time() or epoch == self.options.epochs:
                 return
 
+    @property
+    def samples_share(self) -> float:
+        """Share of the training samples that one batch holds."""
+        return self.options.samples_per_step / len(self._train.inputs)
+
     def header(self) -> Record:
         """What describes the run in its first record."""
         return {
@@ -178,6 +186,10 @@ class Run:
     def _is_out_of_time(self) -> bool:
         return self.options.seconds is not None and self._seconds >= self.options.seconds
 
+    def _gradients(self) -> int:
+        regular = self.options.method.gradients(self.settings, self._steps)
+        return regular + int(self._state.linesearch_gradients)
+
     def _record(self, is_finite: bool) -> EpochRecord:
         train = self._evaluate(self._state.params, self._train)
         test = self._evaluate(self._state.params, self._test)
@@ -185,6 +197,7 @@ class Run:
         return EpochRecord(
             epoch=int(epoch) if epoch.is_integer() else round(epoch, 4),
             step=self._steps,
+            gradients=self._gradients(),
             seconds=self._seconds,
             train_loss=train.loss,
             test_loss=test.loss,

@@ -1,4 +1,4 @@
-"""Readers of the original file formats: gzipped IDX and MATLAB 5."""
+"""Readers of the original file formats: gzipped IDX, MATLAB 5 and LIBSVM text."""
 
 import gzip
 import math
@@ -73,3 +73,30 @@ def read_olivetti(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path} must hold a uint8 (4096, 400) array 'faces', found {found}.")
     images: NDArray[np.uint8] = faces.T.reshape(40, 10, 64, 64).transpose(0, 1, 3, 2)
     return np.ascontiguousarray(images)
+
+
+def read_libsvm(path: Path, features: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Reads a LIBSVM text file, whose columns count from 1, as a dense matrix.
+
+    Args:
+        path: The file.
+        features: Number of columns; the last ones may be zero in every row.
+
+    Returns:
+        ``(samples, features)`` values and ``(samples,)`` labels.
+
+    Raises:
+        DataError: Not such a file, empty, or with more columns.
+    """
+    from sklearn.datasets import load_svmlight_file  # slow to import, and needed here only
+
+    try:
+        rows, labels = load_svmlight_file(str(path), n_features=features, zero_based=False)
+    # Bytes that are not text and columns out of range are ValueErrors too.
+    except (ValueError, OverflowError) as error:
+        raise DataError(
+            f"{path} is not a LIBSVM file with columns 1 to {features}: {error}"
+        ) from error
+    if not len(labels):
+        raise DataError(f"{path} is not a LIBSVM file: it has no rows.")
+    return rows.toarray(), labels

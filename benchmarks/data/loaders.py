@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import generated
-from benchmarks.data.formats import read_idx, read_olivetti
+from benchmarks.data.formats import read_idx, read_libsvm, read_olivetti
 from benchmarks.data.sources import (
+    A9A,
     FASHION_MNIST,
     MNIST,
     OLIVETTI,
@@ -15,10 +16,12 @@ from benchmarks.data.sources import (
     DataOptions,
     FileSet,
 )
-from benchmarks.data.splits import FloatArray, Split, Splits
+from benchmarks.data.splits import BinarySamples, FloatArray, Split, Splits
 
 # Of the 1797 digits that scikit-learn ships.
 _DIGITS_TRAIN = 1500
+# The last one is zero in every row of the test part of a9a.
+_A9A_FEATURES = 123
 
 
 def mnist(options: DataOptions) -> Splits:
@@ -74,6 +77,24 @@ def faces(options: DataOptions) -> Splits:
     mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = np.sqrt(np.mean(np.var(train, axis=0, dtype=np.float64))).astype(np.float32)
     return Splits(Split((train - mean) / scale), Split((test - mean) / scale))
+
+
+def a9a(options: DataOptions) -> BinarySamples:
+    """a9a, the training part: 32561 rows of 123 features that are 0 or 1, dense."""
+    features, signs = read_libsvm(A9A.locate("a9a", options), _A9A_FEATURES)
+    if not np.isin(signs, (-1, 1)).all():
+        raise DataError(f"{A9A.folder}/a9a: labels must be -1 or 1.")
+    return BinarySamples(features[: options.train_size], signs[: options.train_size])
+
+
+def breast_cancer(options: DataOptions) -> BinarySamples:
+    """scikit-learn's breast cancer set: 569 rows of 30 features with mean 0 and variance 1."""
+    from sklearn.datasets import load_breast_cancer  # slow to import, and needed here only
+
+    bunch = load_breast_cancer()
+    features = bunch.data[: options.train_size]
+    standardized = (features - features.mean(axis=0)) / features.std(axis=0)
+    return BinarySamples(standardized, 2.0 * bunch.target[: options.train_size] - 1)
 
 
 def _idx_data_set(files: FileSet, options: DataOptions) -> Splits:

@@ -155,3 +155,9 @@ OLIVETTI = FileSet(
         "olivettifaces.mat": "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"
     },
 )
+
+A9A = FileSet(
+    folder="libsvm",
+    base_url="https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/",
+    checksums={"a9a": "f5d5ffd8d865ff41328e7ee043e4b020816914ff6843ff15b98905ddbedce906"},
+)

@@ -1,4 +1,4 @@
-"""What every loader returns: a training and a test part of plain numpy arrays."""
+"""What loaders return: plain numpy arrays, mostly in a training and a test part."""
 
 import dataclasses
 
@@ -34,6 +34,19 @@ class Split:
         """The first ``count`` samples; all of them for None or a larger count."""
         labels = None if self.labels is None else self.labels[:count]
         return Split(self.inputs[:count], labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class BinarySamples:
+    """Samples of two classes in double precision, for deterministic minimization.
+
+    Attributes:
+        features: ``(samples, features)`` float64.
+        signs: ``(samples,)`` float64, the classes as -1 and 1.
+    """
+
+    features: NDArray[np.float64]
+    signs: NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,3 +23,14 @@ def write_faces(folder: Path) -> np.ndarray:
     path.parent.mkdir(parents=True)
     scipy.io.savemat(path, {"faces": columns})
     return images.reshape(40, 10, 64, 64)
+
+
+def write_a9a(folder: Path) -> None:
+    """Writes 40 random rows like those of a9a."""
+    rng = np.random.default_rng(2)
+    path = folder / "libsvm" / "a9a"
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        for sign in rng.choice(["-1", "+1"], 40):
+            columns = np.sort(rng.choice(np.arange(1, 124), 14, replace=False))
+            print(sign, *(f"{column}:1" for column in columns), "", file=file)

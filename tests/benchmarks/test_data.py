@@ -10,7 +10,7 @@ import scipy.io
 from data_files import write_faces, write_idx
 
 from benchmarks import data
-from benchmarks.data.formats import read_idx, read_olivetti
+from benchmarks.data.formats import read_idx, read_libsvm, read_olivetti
 from benchmarks.data.sources import MNIST, DataError, DataOptions
 
 
@@ -67,6 +67,29 @@ class TestOlivetti:
         scipy.io.savemat(tmp_path / "x.mat", {"faces": np.zeros((4, 4), np.uint8)})
         with pytest.raises(DataError, match=r"found uint8\(4, 4\)"):
             read_olivetti(tmp_path / "x.mat")
+
+
+class TestLibsvm:
+    def test_rows(self, tmp_path):
+        (tmp_path / "x").write_text("-1 1:1 3:0.5 \n+1 2:2 \n1 \n")
+        rows, labels = read_libsvm(tmp_path / "x", features=4)
+        np.testing.assert_array_equal(rows, [[1, 0, 0.5, 0], [0, 2, 0, 0], [0, 0, 0, 0]])
+        np.testing.assert_array_equal(labels, [-1, 1, 1])
+        assert rows.dtype == np.float64
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"<html>not found</html>", b"-1 5:1\n", b"-1 0:1\n", b"\xff\xfe 1:1\n"]
+    )
+    def test_damage(self, tmp_path, content):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(DataError, match="x is not a LIBSVM file"):
+            read_libsvm(tmp_path / "x", features=4)
+
+    def test_other_labels(self, tmp_path):
+        (tmp_path / "libsvm").mkdir()
+        (tmp_path / "libsvm" / "a9a").write_text("2 1:1\n")
+        with pytest.raises(DataError, match="labels must be -1 or 1"):
+            data.a9a(DataOptions(tmp_path))
 
 
 class TestSources:

@@ -1,10 +1,14 @@
 """Settings and methods: parsing, errors, and what the peers compute."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from benchmarks.methods import METHODS, Context, Method, adam, sgd
+import secondorder as so
+from benchmarks.evaluations import linesearch_gradients
+from benchmarks.methods import METHODS, Context, Method, adadelta, adam, lbfgs, nag, sgd
 from benchmarks.problems import PROBLEMS
 from benchmarks.settings import (
     SettingError,
@@ -15,6 +19,8 @@ from benchmarks.settings import (
 )
 
 PROBLEM = PROBLEMS["digits-cnn"]
+# Methods that find the length of their steps themselves.
+WITHOUT_RATE = {"lbfgs", "lsr1"}
 
 
 @pytest.mark.parametrize(
@@ -136,4 +142,109 @@ def test_every_method_has_settings_for_every_problem(name):
     for problem in PROBLEMS.values():
         settings = METHODS[name].settings(problem, {})
         assert settings["weight_decay"] == problem.l2
-        assert settings["learning_rate"] > 0
+        if name not in WITHOUT_RATE:
+            assert settings["learning_rate"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "steps", "gradients"),
+    [
+        ("sgd", {}, 7, 7),
+        ("nag", {}, 7, 7),
+        ("lbfgs", {}, 7, 7),  # Its line searches are counted in its state.
+        ("kbfgs", {}, 7, 14),
+        ("kbfgs", {"update_every": 3}, 7, 10),
+        ("kbfgs", {"update_every": 3}, 6, 8),
+        ("kbfgs-l", {"update_every": 10}, 1, 2),
+        ("lsr1", {}, 7, 14),
+    ],
+)
+def test_gradients(name, overrides, steps, gradients, monkeypatch):
+    if not METHODS[name].is_available():
+        monkeypatch.setattr(so, name, lambda learning_rate: None, raising=False)
+    method = METHODS[name]
+    assert method.gradients(method.settings(PROBLEM, overrides), steps) == gradients
+
+
+def test_nag_looks_ahead():
+    transform = nag(learning_rate=0.1, momentum=0.5, weight_decay=0.5)
+    params, grads = jnp.array(2.0), jnp.array(1.0)
+    updates, state = transform.update(grads, transform.init(params), params)
+    assert float(updates) == pytest.approx(-0.1 * (2.0 + 0.5 * 2.0))
+    updates, _ = transform.update(grads, state, params)
+    assert float(updates) == pytest.approx(-0.1 * (2.0 + 0.5 * 3.0))
+
+
+def test_adadelta_puts_weight_decay_into_the_gradient():
+    transform, plain = adadelta(weight_decay=0.5), optax.adadelta(1.0)
+    params = jnp.array([1.0, -2.0])
+    updates, _ = transform.update(jnp.ones(2), transform.init(params), params)
+    expected, _ = plain.update(1 + 0.5 * params, plain.init(params), params)
+    np.testing.assert_allclose(updates, expected)
+
+
+def quartic(x):
+    return jnp.sum(x**4) + jnp.sum(x)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.7])
+def test_lbfgs_minimizes_the_objective_with_its_penalty(weight_decay):
+    """The line search sees the term: the steps are those on the whole objective."""
+
+    def whole(x):
+        return quartic(x) + 0.5 * weight_decay * jnp.sum(x**2)
+
+    def steps(transform, function):
+        @jax.jit
+        def step(x, state):
+            value, grads = jax.value_and_grad(function)(x)
+            updates, state = transform.update(
+                grads, state, x, value=value, grad=grads, value_fn=function
+            )
+            return x + updates, state
+
+        x = jnp.array([2.0, -1.0])
+        state = transform.init(x)
+        for _ in range(12):
+            x, state = step(x, state)
+            yield x
+
+    ours = steps(lbfgs(memory_size=3, weight_decay=weight_decay), quartic)
+    for x, y in zip(ours, steps(optax.lbfgs(memory_size=3), whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)
+    assert np.linalg.norm(jax.grad(whole)(x)) < 1e-3
+
+
+def test_lbfgs_without_line_search():
+    transform = METHODS["lbfgs-nols"].build(
+        Context(PROBLEM, None, None), {"learning_rate": 0.5, "memory_size": 2, "weight_decay": 1.0}
+    )
+    params = jnp.array([1.0, 2.0])
+    updates, state = transform.update(jnp.zeros(2), transform.init(params), params)
+    plain = optax.scale_by_lbfgs(memory_size=2)
+    expected, _ = plain.update(params, plain.init(params), params)
+    np.testing.assert_allclose(updates, -0.5 * expected)
+    assert int(linesearch_gradients(state)) == 0
+
+
+def test_factors_of_the_radius_are_settings_of_lsr1(monkeypatch):
+    seen = {}
+
+    def fake(memory_size=5, radius_rule=None, weight_decay=0.0):
+        seen.update(memory=memory_size, rule=radius_rule, weight_decay=weight_decay)
+        return optax.identity()
+
+    monkeypatch.setattr(so, "lsr1", fake, raising=False)
+    monkeypatch.setattr(so, "RadiusRule", lambda **factors: factors, raising=False)
+    settings = METHODS["lsr1"].settings(PROBLEM, {"memory_size": 9, "grow": 3.0})
+    METHODS["lsr1"].build(Context(PROBLEM, None, None), settings)
+    assert seen == {"memory": 9, "rule": {"grow": 3.0}, "weight_decay": PROBLEM.l2}
+    METHODS["lsr1"].build(Context(PROBLEM, None, None), {"weight_decay": 0.5})
+    assert seen == {"memory": 5, "rule": None, "weight_decay": 0.5}
+
+
+def test_without_lsr1(monkeypatch):
+    monkeypatch.delattr(so, "lsr1", raising=False)
+    assert not METHODS["lsr1"].is_available()
+    with pytest.raises(SettingError, match="no `lsr1`"):
+        METHODS["lsr1"].settings(PROBLEM, {})

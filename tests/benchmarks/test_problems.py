@@ -19,6 +19,7 @@ PARAMETERS = {
     "digits-autoencoder": 34_764,
     "digits-cnn": 13_706,
     "mnist-lenet5": 61_706,
+    "mnist-lenet5-bn": 61_932,
     "fashion-lenet5": 61_706,
 }
 
@@ -112,3 +113,16 @@ def test_losses_sum_over_pixels_and_average_over_the_batch():
     assert float(networks.binary_cross_entropy(outputs, pixels)) == pytest.approx(3 * np.log(2))
     labels = jnp.zeros(4, int)
     assert float(networks.softmax_cross_entropy(outputs, labels)) == pytest.approx(np.log(3))
+
+
+def test_batch_normalization_uses_the_batch():
+    """Scaling all images changes next to nothing; taking others into the batch does."""
+    problem = PROBLEMS["mnist-lenet5-bn"]
+    params = jax.jit(problem.init)(jax.random.key(0))
+    assert set(params) == {"params"}
+    images = jax.random.uniform(jax.random.key(1), (6, 28, 28, 1))
+    model = jax.jit(problem.model)
+    np.testing.assert_allclose(model(params, 3 * images), model(params, images), atol=2e-3)
+    assert not np.allclose(model(params, images[:3]), model(params, images)[:3], atol=0.02)
+    norm = params["params"]["BatchNorm_0"]
+    assert {name: leaf.shape for name, leaf in norm.items()} == {"scale": (6,), "bias": (6,)}

@@ -47,6 +47,7 @@ def test_records_of_epochs(splits):
     records = list(training.epochs(lambda step, loss: seen.append((step, loss))))
     assert [record.epoch for record in records] == [1, 2, 3]
     assert [record.step for record in records] == [5, 10, 15]
+    assert [record.gradients for record in records] == [5, 10, 15]
     assert [step for step, _ in seen] == list(range(1, 16))
     assert 0 < records[0].seconds < records[1].seconds
     assert training.initial.loss > records[0].train_loss > records[2].train_loss
@@ -125,3 +126,27 @@ def test_method_that_keeps_the_parameters_can_be_donated(splits):
 def test_impossible_limits(limits):
     with pytest.raises(SettingError):
         RunOptions(PROBLEM, METHODS["sgd"], **limits)
+
+
+def test_gradients_of_line_searches_are_counted(splits):
+    """As many as a loop written by hand reads from the state of `optax.lbfgs`."""
+    (record,) = run(splits, METHODS["lbfgs"], epochs=1, batch_size=50).epochs()
+    params = jax.jit(PROBLEM.init)(jax.random.key(0))
+    transform = optax.lbfgs(memory_size=10)
+    state, gradients = transform.init(params), 0
+
+    @jax.jit
+    def step(params, state, inputs):
+        def loss(p):
+            return PROBLEM.loss(PROBLEM.model(p, inputs), inputs) + PROBLEM.penalty(p)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = transform.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss
+        )
+        return optax.apply_updates(params, updates), state
+
+    for inputs in splits.train.inputs.reshape(5, 50, 64):
+        params, state = step(params, state, inputs)
+        gradients += 1 + int(state[-1].info.num_linesearch_steps)
+    assert record.gradients == gradients > 10
