@@ -8,9 +8,12 @@ from secondorder.methods import (
     LSR1Metrics,
     LSR1State,
     ScaleByKBFGSState,
+    ScaleByLSR1Metrics,
+    ScaleByLSR1State,
     kbfgs,
     lsr1,
     scale_by_kbfgs,
+    scale_by_lsr1,
 )
 from secondorder.objective import Objective
 
@@ -23,9 +26,12 @@ __all__ = [
     "Objective",
     "RadiusRule",
     "ScaleByKBFGSState",
+    "ScaleByLSR1Metrics",
+    "ScaleByLSR1State",
     "__version__",
     "find_layers",
     "kbfgs",
     "lsr1",
     "scale_by_kbfgs",
+    "scale_by_lsr1",
 ]

@@ -98,3 +98,23 @@ def check_static_count(name: str, value: Any) -> None:
         return
     hint = "" if is_number(value) else "; with optax.inject_hyperparams name it in static_args"
     raise ValueError(f"`{name}` must be a Python integer of at least 1, got {value}{hint}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless a structural hyperparameter is a Python bool.
+
+    Args:
+      name: Name of the hyperparameter.
+      value: Its value.
+
+    Raises:
+      ValueError: If it is anything else, such as a traced array.
+
+    Example:
+      >>> check_flag("full_batch", 1)
+      Traceback (most recent call last):
+      ValueError: `full_batch` must be True or False, got 1.
+    """
+    if not isinstance(value, bool):
+        hint = "" if is_number(value) else "; with optax.inject_hyperparams name it in static_args"
+        raise ValueError(f"`{name}` must be True or False, got {value}{hint}.")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from secondorder.checks import check_range
+
 _ROUNDINGS = 10  # of the value, within which two values are taken for equal
 
 
@@ -32,6 +34,14 @@ class RadiusRule:
     reach: chex.Numeric = 0.8
     smallest: chex.Numeric = 1e-10
     largest: chex.Numeric = 1e10
+
+    def __post_init__(self) -> None:
+        check_range("shrink", self.shrink, low=0, high=1, open_low=True)
+        check_range("grow", self.grow, low=1)
+        for name in ("shrink_below", "grow_above"):
+            check_range(name, getattr(self, name), low=0, high=1)
+        for name in ("reach", "smallest", "largest"):
+            check_range(name, getattr(self, name), low=0, open_low=True)
 
 
 def reduction_ratio(value: jax.Array, trial_value: jax.Array, predicted: jax.Array) -> jax.Array:

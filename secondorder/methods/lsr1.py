@@ -24,7 +24,7 @@ import optax
 from jax.typing import DTypeLike
 
 from secondorder import tree as vectors
-from secondorder.checks import check_choice, check_range, check_static_count, is_number
+from secondorder.checks import check_choice, check_flag, check_range, check_static_count
 from secondorder.control import RadiusRule, next_radius, reduction_ratio
 from secondorder.methods.lsr1_model import (
     ModelKind,
@@ -33,6 +33,7 @@ from secondorder.methods.lsr1_model import (
     build_model,
     check_scale,
 )
+from secondorder.methods.lsr1_pairs import add_decay, can_be_stored, make_pair, times
 from secondorder.methods.lsr1_proposal import Proposal, propose
 from secondorder.objective import (
     all_finite,
@@ -44,7 +45,22 @@ from secondorder.objective import (
 from secondorder.sharding import shard_like
 from secondorder.tree import PairMemory
 
-_RULE = RadiusRule()
+
+class _Defaults(NamedTuple):
+    """Settings that were measured to be best on minibatches, and on one batch throughout."""
+
+    memory_size: int
+    scale: ScaleSetting
+    radius: float
+    radius_rule: RadiusRule
+    momentum: float
+    diagonal: bool
+
+
+_MINIBATCHES = _Defaults(5, "pencil_below", 1.0, RadiusRule(), 0.5, diagonal=True)
+_FULL_BATCH = _Defaults(
+    20, "least_rayleigh", 3.0, RadiusRule(shrink_below=0.25, grow_above=0.3), 0.0, diagonal=False
+)
 
 
 class LSR1Metrics(NamedTuple):
@@ -107,15 +123,16 @@ class LSR1State(NamedTuple):
 
 def lsr1(
     *,
-    memory_size: int = 10,
+    memory_size: int | None = None,
     model: ModelKind = "trust_region",
-    scale: ScaleSetting = "bb",
-    radius: chex.Numeric = 1.0,
-    radius_rule: RadiusRule = _RULE,
+    scale: ScaleSetting | None = None,
+    radius: chex.Numeric | None = None,
+    radius_rule: RadiusRule | None = None,
     acceptance: chex.Numeric = 1e-4,
     skip: chex.Numeric = 1e-8,
-    momentum: chex.Numeric = 0.0,
-    diagonal_decay: chex.Numeric | None = None,
+    momentum: chex.Numeric | None = None,
+    diagonal: bool | None = None,
+    diagonal_decay: chex.Numeric = 0.99,
     restart_after: chex.Numeric = 5,
     storage_dtype: DTypeLike | None = None,
     full_batch: bool = False,
@@ -137,27 +154,40 @@ def lsr1(
 
     The paper's settings are::
 
-        so.lsr1(memory_size=5, model="trust_region", scale="bb", radius=1.0,
-                radius_rule=so.RadiusRule(shrink=0.5, grow=2.0), skip=1e-8, momentum=0.0)
+        so.lsr1(memory_size=5, model="trust_region", scale="bb", radius=1.0, momentum=0.0,
+                diagonal=False, radius_rule=so.RadiusRule(shrink=0.5, grow=2.0), skip=1e-8)
 
-    (it does not state ``scale`` and ``radius``).
+    (it does not state ``scale`` and ``radius``). Arguments that are None take the values that were
+    measured to be best:
+
+    ==============  ==================  ====================================================
+    argument        minibatches         ``full_batch=True``
+    ==============  ==================  ====================================================
+    `memory_size`   5                   20
+    `scale`         ``"pencil_below"``  ``"least_rayleigh"``
+    `radius`        1                   3
+    `radius_rule`   ``RadiusRule()``    ``RadiusRule(shrink_below=0.25, grow_above=0.3)``
+    `momentum`      0.5                 0
+    `diagonal`      True                False
+    ==============  ==================  ====================================================
 
     Args:
       memory_size: Number of pairs ``m``. Static.
       model: ``"trust_region"``: a Euclidean ball, solved exactly; ``"shape_changing"``: a box in
         the eigenbasis of ``B``; ``"cubic"``: a cubic penalty; ``"regularized"`` (or
         ``"regularised"``): a multiple of the identity added to ``B``. Static.
-      scale: :math:`\gamma`: ``"bb"`` (Barzilai-Borwein of the newest pair), ``"pencil_below"`` or
-        ``"pencil_above"`` (outside the curvature of the pairs), or a number.
+      scale: :math:`\gamma`: ``"least_rayleigh"`` (the smallest positive curvature of a pair),
+        ``"bb"`` (Barzilai-Borwein of the newest), ``"pencil_below"`` or ``"pencil_above"`` (outside
+        the curvature of all pairs), or a number.
       radius: First :math:`\Delta > 0`; for the last two models the inverse of the penalty's weight.
       radius_rule: How it follows the ratio of actual to predicted reduction.
       acceptance: Least ratio of a step that is taken, in [0, 1).
       skip: Pairs with :math:`|s^\top r| <` this times :math:`\|s\| \|r\|` are left out, where
         :math:`r = y - B s`.
       momentum: Share of the previous step that is mixed into a step, in [0, 1).
-      diagonal_decay: None, or the decay of the second moments of the gradient, in [0, 1). Their
-        roots then are a diagonal metric, as in Adam: :math:`B_0 = \gamma D`, and regions are
-        ellipsoids.
+      diagonal: Whether the roots of the second moments of the gradient are a metric ``D``, as in
+        Adam: :math:`B_0 = \gamma D`, and regions are ellipsoids. Static.
+      diagonal_decay: Decay of these moments, in [0, 1).
       restart_after: Empty the memory after so many rejections in a row.
       storage_dtype: Of the stored vectors, such as ``jnp.bfloat16``; default float32 or wider.
       full_batch: Keep value and gradient at the accepted point in the state, for
@@ -194,6 +224,15 @@ def lsr1(
       Ramamurthy, Duffy (2017), L-SR1: A Second Order Optimization Method for Deep Learning;
       Nocedal, Wright (2006), Numerical Optimization, algorithm 6.2.
     """
+    check_flag("full_batch", full_batch)
+    defaults = _FULL_BATCH if full_batch else _MINIBATCHES
+    memory_size = defaults.memory_size if memory_size is None else memory_size
+    scale = defaults.scale if scale is None else scale
+    radius = defaults.radius if radius is None else radius
+    radius_rule = defaults.radius_rule if radius_rule is None else radius_rule
+    momentum = defaults.momentum if momentum is None else momentum
+    diagonal = defaults.diagonal if diagonal is None else diagonal
+    check_flag("diagonal", diagonal)
     check_static_count("memory_size", memory_size)
     check_choice("model", model, get_args(ModelKind))
     check_scale(scale)
@@ -204,6 +243,7 @@ def lsr1(
     check_range("diagonal_decay", diagonal_decay, low=0, high=1)
     check_range("restart_after", restart_after, low=1)
     check_range("weight_decay", weight_decay, low=0)
+    _check_kinds(radius_rule, storage_dtype, seed)
 
     def init(params: chex.ArrayTree) -> LSR1State:
         check_params(params, "lsr1")
@@ -212,13 +252,13 @@ def lsr1(
         return LSR1State(
             count=jnp.zeros((), jnp.int32),
             memory=vectors.init_pairs(params, memory_size, storage_dtype),
-            radius=jnp.asarray(radius, dtype),
+            radius=jnp.array(radius, dtype),  # a copy, as states may be donated
             last_step=jnp.zeros((), dtype),
             rejected_in_a_row=jnp.zeros((), jnp.int32),
             largest_gradient=jnp.zeros((), dtype),
-            diagonal=None if diagonal_decay is None else moments,
-            value=jnp.asarray(jnp.inf, dtype) if full_batch else None,
-            grad=jax.tree.map(jnp.zeros_like, params) if full_batch else None,
+            diagonal=moments if diagonal else None,
+            value=jnp.asarray(jnp.inf, _value_dtype(params)) if full_batch else None,
+            grad=jax.tree.map(lambda p: jnp.zeros_like(p, p.dtype), params) if full_batch else None,
             metrics=_no_metrics(dtype),
         )
 
@@ -239,12 +279,12 @@ def lsr1(
         objective: Any = value_fn
         grad = updates if grad is None else grad
         value = value_and_aux(objective)(params)[0] if value is None else value
-        decayed_value, gradient = _add_decay(value, grad, params, weight_decay)
+        decayed_value, gradient = add_decay(value, grad, params, weight_decay)
         usable = all_finite((decayed_value, gradient))
 
         # 1. The model: diagonal metric, inner products with the memory, SR1.
-        diagonal, metric = _metric(state, gradient, usable, diagonal_decay)
-        scaled = _times(metric, gradient)
+        second_moments, metric = _metric(state, gradient, usable, diagonal_decay)
+        scaled = times(metric, gradient)
         memory, products = vectors.project_on_pairs(state.memory, scaled)
         gradient_square = vectors.inner(scaled, scaled)
         sr1 = build_model(memory, products, gradient_square, scale, skip)
@@ -259,18 +299,20 @@ def lsr1(
             state.radius,
             state.last_step,
             momentum,
+            decayed_value,
             largest_gradient,
             jax.random.fold_in(jax.random.key(seed), state.count),
         )
-        step = jax.tree.map(lambda p, s: s.astype(p.dtype), params, _times(metric, proposal.step))
-        trial = optax.apply_updates(params, step)
+        step = jax.tree.map(lambda p, s: s.astype(p.dtype), params, times(metric, proposal.step))
+        trial = _rounded(optax.apply_updates(params, step))
 
         # 3. The objective there, on the same batch.
         trial_value, trial_grad = value_and_grad(objective, trial)
-        decayed_trial, trial_gradient = _add_decay(trial_value, trial_grad, trial, weight_decay)
+        decayed_trial, trial_gradient = add_decay(trial_value, trial_grad, trial, weight_decay)
         moved = usable & (proposal.norm > 0)
         resolved = moved & all_finite((decayed_trial, trial_gradient))
         ratio = reduction_ratio(decayed_value, decayed_trial, proposal.measures.decrease)
+        ratio = jnp.where(resolved, ratio, -jnp.inf)  # also if the gradient alone is not finite
         # A random step is no prediction: it must bring something.
         bar = jnp.where(proposal.is_probe, 1 + acceptance, acceptance)
         accepted = resolved & (ratio > bar)
@@ -279,9 +321,9 @@ def lsr1(
         before, after = gradient, trial_gradient
         if curvature_fn is not None:
             before, after = _curvature_gradients(curvature_fn, params, trial, weight_decay)
-            resolved &= all_finite((before, after))
-        s, y = _pair(params, trial, before, after, metric, proposal.norm)
-        memory = vectors.push_pair(memory, s, y, resolved)
+        pair = make_pair(params, trial, before, after, metric, proposal.norm)
+        resolved &= can_be_stored(pair, memory)
+        memory = vectors.push_pair(memory, *pair, resolved)
 
         # 5. Radius and restart. A random step that failed says nothing of the region.
         in_a_row = jnp.where(accepted, 0, state.rejected_in_a_row + 1)
@@ -292,18 +334,27 @@ def lsr1(
             count=optax.safe_increment(state.count),
             memory=vectors.drop_pairs(memory, restarts & usable),
             radius=jnp.where(failed_probe | ~moved, state.radius, steered),
-            last_step=jnp.where(accepted, proposal.norm, 0),
+            last_step=jnp.where(accepted & resolved, proposal.norm, 0),
             rejected_in_a_row=jnp.where(restarts, 0, in_a_row),
             largest_gradient=largest_gradient,
-            diagonal=diagonal,
+            diagonal=second_moments,
             value=jnp.where(accepted, trial_value, value) if full_batch else None,
-            grad=optax.tree_utils.tree_where(accepted, trial_grad, grad) if full_batch else None,
-            metrics=_report(state.metrics, sr1, proposal, ratio, accepted, restarts),
+            grad=_choose(accepted, trial_grad, grad, params) if full_batch else None,
+            metrics=_report(state.metrics, sr1, proposal, params, ratio, accepted, restarts),
         )
         step = jax.tree.map(lambda p: jnp.where(accepted, p, jnp.zeros_like(p)), step)
         return step, _unless_unusable(usable, control, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_kinds(radius_rule: Any, storage_dtype: Any, seed: Any) -> None:
+    if not isinstance(radius_rule, RadiusRule):
+        raise ValueError(f"`radius_rule` must be a RadiusRule, got {radius_rule!r}.")
+    if storage_dtype is not None and not jnp.issubdtype(storage_dtype, jnp.floating):
+        raise ValueError(f"`storage_dtype` must be a real floating dtype, got {storage_dtype!r}.")
+    if isinstance(seed, float):
+        raise ValueError(f"`seed` must be an integer, got {seed}.")
 
 
 def _no_metrics(dtype: Any) -> LSR1Metrics:
@@ -312,17 +363,25 @@ def _no_metrics(dtype: Any) -> LSR1Metrics:
     return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
 
 
-def _add_decay(
-    value: jax.Array, grad: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
-) -> tuple[jax.Array, chex.ArrayTree]:
-    """Value and gradient with those of ``weight_decay |params|^2 / 2``, float32 or wider."""
-    dtype = vectors.accumulation_dtype(params)
-    value = jnp.asarray(value, dtype)
-    grad = jax.tree.map(lambda g, p: shard_like(g.astype(dtype), p), grad, params)
-    if is_number(weight_decay) and weight_decay == 0:
-        return value, grad
-    value += 0.5 * weight_decay * vectors.inner(params, params)
-    return value, jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), grad, params)
+def _choose(
+    condition: jax.Array, one: chex.ArrayTree, other: chex.ArrayTree, like: chex.ArrayTree
+) -> chex.ArrayTree:
+    """One of two trees, sharded like a third."""
+    return jax.tree.map(
+        lambda a, b, p: jnp.where(condition, shard_like(a, p), shard_like(b, p)), one, other, like
+    )
+
+
+def _rounded(params: chex.ArrayTree) -> chex.ArrayTree:
+    """Keeps the compiler from evaluating half precision, which it may widen, somewhere else."""
+    if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params)):
+        return jax.lax.optimization_barrier(params)
+    return params
+
+
+def _value_dtype(params: chex.ArrayTree) -> Any:
+    """What an objective returns that casts nothing; `optax.value_and_grad_from_state` compares."""
+    return jnp.result_type(*(jax.tree.leaves(params) or [jnp.float32]))
 
 
 def _curvature_gradients(
@@ -334,17 +393,17 @@ def _curvature_gradients(
     """The gradients of another objective at both points."""
     check_value_fn(curvature_fn, "lsr1", "curvature_fn")
     before, after = (
-        _add_decay(*value_and_grad(curvature_fn, point), point, weight_decay)[1]
+        add_decay(*value_and_grad(curvature_fn, point), point, weight_decay)[1]
         for point in (params, trial)
     )
     return before, after
 
 
 def _metric(
-    state: LSR1State, gradient: chex.ArrayTree, usable: jax.Array, decay: chex.Numeric | None
+    state: LSR1State, gradient: chex.ArrayTree, usable: jax.Array, decay: chex.Numeric
 ) -> tuple[chex.ArrayTree | None, chex.ArrayTree | None]:
     r"""The second moments of the gradient, and ``D^{-1/2}`` with ``D`` their roots."""
-    if decay is None:
+    if state.diagonal is None:
         return None, None
     moments = jax.tree.map(
         lambda v, g: jnp.where(usable, decay * v + (1 - decay) * g**2, v), state.diagonal, gradient
@@ -354,35 +413,11 @@ def _metric(
     return moments, jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v / correction) + tiny), moments)
 
 
-def _times(metric: chex.ArrayTree | None, vector: chex.ArrayTree) -> chex.ArrayTree:
-    return vector if metric is None else jax.tree.map(jnp.multiply, metric, vector)
-
-
-def _pair(
-    params: chex.ArrayTree,
-    trial: chex.ArrayTree,
-    before: chex.ArrayTree,
-    after: chex.ArrayTree,
-    metric: chex.ArrayTree | None,
-    norm: jax.Array,
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """The pair of a trial step, scaled to ``|s| = 1``, in the coordinates of the metric.
-
-    The step is taken from the two points, so that it is what the parameters' dtype made of it.
-    """
-    factor = 1 / jnp.where(norm > 0, norm, 1)
-    s = jax.tree.map(
-        lambda p, q, g: factor * (q.astype(g.dtype) - p.astype(g.dtype)), params, trial, before
-    )
-    y = jax.tree.map(lambda a, b: factor * (b - a), before, after)
-    inverse = None if metric is None else jax.tree.map(jnp.reciprocal, metric)
-    return _times(inverse, s), _times(metric, y)
-
-
 def _report(
     metrics: LSR1Metrics,
     model: SR1Model,
     proposal: Proposal,
+    params: chex.ArrayTree,
     ratio: jax.Array,
     accepted: jax.Array,
     restarts: jax.Array,
@@ -390,12 +425,16 @@ def _report(
     quadratic, used = model.quadratic, model.matrix.used
     stored = jnp.sum(jnp.diagonal(model.gram)[: len(used)] > 0, dtype=jnp.int32)
     kept = jnp.sum(used, dtype=jnp.int32)
+    # Outside the span of the pairs all eigenvalues are ``γ``, if there is an outside.
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    known = jnp.append(quadratic.kept, jnp.sum(quadratic.kept) < size)
+    values = jnp.append(quadratic.eigenvalues, quadratic.complement)
     return LSR1Metrics(
         ratio=ratio.astype(metrics.ratio.dtype),
         step_norm=proposal.norm,
         scale=quadratic.complement,
-        smallest_eigenvalue=jnp.min(quadratic.eigenvalues),
-        largest_eigenvalue=jnp.max(quadratic.eigenvalues),
+        smallest_eigenvalue=jnp.min(values, where=known, initial=jnp.inf),
+        largest_eigenvalue=jnp.max(values, where=known, initial=-jnp.inf),
         pairs_kept=kept,
         pairs_skipped=stored - kept,
         rejections=metrics.rejections + ~accepted,
@@ -412,4 +451,5 @@ def _unless_unusable(usable: jax.Array, new: LSR1State, old: LSR1State) -> LSR1S
     """
     count = old.metrics.nonfinite_steps + 1
     unchanged = old._replace(memory=new.memory, metrics=old.metrics._replace(nonfinite_steps=count))
-    return jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, unchanged)
+    # Hyperparameters and values may be wider than the state, which keeps its dtypes.
+    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, unchanged)

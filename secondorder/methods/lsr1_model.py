@@ -122,7 +122,8 @@ def solve_model(
       radius: Radius of the region; for penalties the inverse of their weight.
 
     Returns:
-      The step and what the model says of it. Penalized steps always reach their boundary.
+      The step and what the model says of it. Penalized steps reach their boundary, but for those
+      whose penalty had to be larger to make the model convex: the "length" is then its inverse.
     """
     if kind == "trust_region":
         step = solvers.trust_region_step(quadratic, radius)
@@ -133,8 +134,9 @@ def solve_model(
     if kind == "cubic":
         step = solvers.cubic_step(quadratic, 1 / radius)
         return step, Measures(radius, solvers.cubic_decrease(quadratic, step, 1 / radius))
-    step = solvers.regularized_step(quadratic, 1 / radius)
-    return step, Measures(radius, solvers.model_decrease(quadratic, step))
+    shift = solvers.raised_shift(quadratic, 1 / radius)
+    step = solvers.regularized_step(quadratic, shift)
+    return step, Measures(1 / shift, solvers.model_decrease(quadratic, step))
 
 
 def as_combination(model: SR1Model, step: solvers.ModelStep) -> Combination:
@@ -219,10 +221,12 @@ def assemble(
       gradient: The gradient, a pytree of arrays.
 
     Returns:
-      A pytree like the gradient, float32 or wider.
+      A pytree like the gradient.
     """
     stored = vectors.combine(combination.stored, memory.vectors)
-    return jax.tree.map(lambda p, g: p + combination.gradient * g.astype(p.dtype), stored, gradient)
+    return jax.tree.map(
+        lambda p, g: (p + combination.gradient * g).astype(g.dtype), stored, gradient
+    )
 
 
 def check_scale(scale: ScaleSetting) -> None:

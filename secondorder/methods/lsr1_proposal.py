@@ -50,6 +50,7 @@ def propose(
     radius: jax.Array,
     last_step: jax.Array,
     momentum: chex.Numeric,
+    value: jax.Array,
     largest_gradient: jax.Array,
     key: jax.Array,
 ) -> Proposal:
@@ -63,6 +64,7 @@ def propose(
       radius: Radius of the region; for penalties the inverse of their weight.
       last_step: Length of the newest pair's step, if that was the last step, else 0.
       momentum: Share of the last step in this one.
+      value: Of the objective. A step that promises less than its rounding promises nothing.
       largest_gradient: The largest gradient norm so far: what vanishes is judged by it.
       key: Of the random step.
 
@@ -77,8 +79,12 @@ def propose(
         )
     eps = float(np.finfo(norm.dtype).eps)
     stationary = jnp.sqrt(model.gradient_square) <= eps * largest_gradient
-    curves_down = jnp.any(model.quadratic.kept & (model.quadratic.eigenvalues < 0))
-    is_probe = stationary & ~curves_down
+    # The Barzilai-Borwein scale of a single pair makes an eigenvalue that is zero but for rounding.
+    values = model.quadratic.eigenvalues  # ``γ`` where not kept
+    largest = jnp.maximum(jnp.max(jnp.abs(values)), jnp.abs(model.quadratic.complement))
+    curves_down = jnp.any(model.quadratic.kept & (values < -8 * eps**0.5 * largest))
+    hopeless = measures.decrease <= 10 * eps * jnp.abs(value)
+    is_probe = stationary & hopeless & (~curves_down | (norm == 0))
 
     def random(_: Any) -> chex.ArrayTree:
         return _random_step(key, gradient, radius)
@@ -117,7 +123,10 @@ def _add_momentum(
         mixed = jax.tree.map(lambda c: factor * c, mixed)
         mixed_norm = factor * mixed_norm
     decrease = decrease_of(model, mixed)
-    use = (last_step > 0) & (decrease > 0)
+    if kind == "cubic":
+        decrease -= mixed_norm**3 / (3 * radius)
+    # A share that is traced may be zero, and then nothing is clipped either.
+    use = (momentum > 0) & (last_step > 0) & (decrease > 0)
     length = jnp.where(kind in ("trust_region", "shape_changing"), mixed_norm, measures.length)
     return jax.tree.map(
         lambda new, old: jnp.where(use, new, old),

@@ -41,6 +41,7 @@ from secondorder.solvers.initial_scale import (
     barzilai_borwein,
     curvature_range,
     initial_scale,
+    least_rayleigh,
 )
 from secondorder.solvers.quadratic import (
     ModelStep,
@@ -72,6 +73,7 @@ __all__ = [
     "curvilinear_search",
     "curvilinear_steps",
     "initial_scale",
+    "least_rayleigh",
     "middle_matrix",
     "model_decrease",
     "orthonormal_combinations",

@@ -18,7 +18,7 @@ from secondorder.solvers.compact_sr1 import (
     orthonormal_combinations,
 )
 
-ScaleRule: TypeAlias = Literal["bb", "pencil_below", "pencil_above"]
+ScaleRule: TypeAlias = Literal["least_rayleigh", "bb", "pencil_below", "pencil_above"]
 
 _FLOOR = 1e-6  # the least |γ|, as a fraction of the largest curvature seen
 
@@ -28,9 +28,9 @@ def initial_scale(pairs: PairGram, rule: ScaleRule) -> jax.Array:
 
     Args:
       pairs: inner products of m pairs.
-      rule: ``"bb"``: `barzilai_borwein`; ``"pencil_below"``: half of the smallest curvature of the
-        pairs, or 1.5 times it where that is negative; ``"pencil_above"``: 1.5 times the largest.
-        Static.
+      rule: ``"least_rayleigh"``: `least_rayleigh`; ``"bb"``: `barzilai_borwein`;
+        ``"pencil_below"``: half of the smallest curvature of the pairs, or 1.5 times it where that
+        is negative; ``"pencil_above"``: 1.5 times the largest. Static.
 
     Returns:
       Scalar.
@@ -49,6 +49,8 @@ def initial_scale(pairs: PairGram, rule: ScaleRule) -> jax.Array:
     """
     if rule not in get_args(ScaleRule):
         raise ValueError(f"rule must be one of {get_args(ScaleRule)}, got {rule!r}")
+    if rule == "least_rayleigh":
+        return least_rayleigh(pairs)
     if rule == "bb":
         return barzilai_borwein(pairs)
     smallest, largest = curvature_range(pairs)
@@ -83,6 +85,30 @@ def barzilai_borwein(pairs: PairGram) -> jax.Array:
     is_positive = sy > smallest
     by_lengths = jnp.sqrt(yy / jnp.where(ss > 0, ss, 1))
     return jnp.where(is_positive, yy / jnp.where(is_positive, sy, 1), by_lengths)
+
+
+def least_rayleigh(pairs: PairGram) -> jax.Array:
+    """Returns the smallest positive ``sᵀy / sᵀs`` of all pairs, or `barzilai_borwein` without any.
+
+    It is rarely above the curvature that is still unseen, so that steps there are long enough, and
+    a trust region keeps them from being too long.
+
+    Args:
+      pairs: inner products of m pairs.
+
+    Returns:
+      Positive scalar; 0 without pairs.
+
+    Example:
+      >>> from secondorder.solvers.compact_sr1 import pair_gram
+      >>> pairs = pair_gram(jnp.array([[2.0, 2.0], [2.0, 4.0]]), jnp.array([0]))
+      >>> float(least_rayleigh(pairs))
+      1.0
+    """
+    ss, sy, yy = (jnp.diagonal(block) for block in (pairs.ss, pairs.sy, pairs.yy))
+    is_positive = sy > _FLOOR * jnp.sqrt(ss * yy)
+    quotients = jnp.where(is_positive, sy / jnp.where(ss > 0, ss, 1), jnp.inf)
+    return jnp.where(is_positive.any(), jnp.min(quotients), barzilai_borwein(pairs))
 
 
 def curvature_range(pairs: PairGram) -> tuple[jax.Array, jax.Array]:

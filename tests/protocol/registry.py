@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 import secondorder as so
@@ -22,6 +23,7 @@ class Entry:
       needs: What else the factory is given: any of `LAYERS`.
       static: Structural hyperparameters, which `optax.inject_hyperparams` must not trace.
       learning_rate: Whether the factory takes one; otherwise it only gives a direction.
+      terminal: Whether it gives the step itself, which it has tried; no learning rate follows.
     """
 
     name: str
@@ -30,13 +32,41 @@ class Entry:
     needs: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     learning_rate: bool = True
+    terminal: bool = False
 
 
 KBFGS_STATIC = ("update_every", "memory_size")
+
+LSR1 = {"memory_size": 2, "radius": 0.3}
+LSR1_STATIC = ("memory_size", "full_batch", "storage_dtype", "diagonal")
+
+
+def lsr1(name: str, **settings: Any) -> Entry:
+    """An entry of a method without a learning rate, whose updates are its steps."""
+    return Entry(name, so.lsr1, LSR1 | settings, (), LSR1_STATIC, False, terminal=True)
+
 
 REGISTRY = [
     Entry("kbfgs", so.kbfgs, {}, (LAYERS,), KBFGS_STATIC),
     Entry("kbfgs-l", so.kbfgs, {"memory_size": 2}, (LAYERS,), KBFGS_STATIC),
     Entry("kbfgs-average", so.kbfgs, {"input_factor": "moving_average"}, (LAYERS,), KBFGS_STATIC),
     Entry("scale_by_kbfgs", so.scale_by_kbfgs, {"update_every": 2}, (LAYERS,), KBFGS_STATIC, False),
+    Entry(
+        "scale_by_lsr1",
+        so.scale_by_lsr1,
+        {"memory_size": 2, "radius": 10.0},
+        (),
+        ("memory_size", "storage_dtype"),
+        False,
+    ),
+    lsr1("lsr1"),
+    lsr1(
+        "lsr1-full-batch",
+        full_batch=True,
+        storage_dtype=jnp.bfloat16,
+        diagonal=True,
+        diagonal_decay=0.9,
+        momentum=0.1,
+        weight_decay=1e-3,
+    ),
 ]

@@ -57,10 +57,15 @@ def arguments(entry, dtype=jnp.float32):
 
 
 def make(entry, dtype=jnp.float32, learning_rate=RATE):
-    """The optimizer; one that only gives a direction is followed by the learning rate."""
+    """The optimizer; one that only gives a direction is followed by the learning rate.
+
+    One that is terminal gives the step itself, and has no learning rate.
+    """
     if entry.learning_rate:
         return entry.factory(learning_rate=learning_rate, **arguments(entry, dtype))
     direction = entry.factory(**arguments(entry, dtype))
+    if entry.terminal:
+        return direction
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
 
 
@@ -187,7 +192,9 @@ def test_map_params_finds_the_parameters_in_the_state(reference):
     per_copy = len(jax.tree.leaves(reference.params))
     assert shapes
     assert len(shapes) % per_copy == 0
-    assert set(shapes) == {leaf.shape for leaf in jax.tree.leaves(reference.params)}
+    own = {leaf.shape for leaf in jax.tree.leaves(reference.params)}
+    stacks = {shape[1:] for shape in shapes if shape not in own}  # of several of their vectors
+    assert stacks in (set(), own)
 
 
 def test_pickled_and_serialized_states_go_on_bit_for_bit(reference):
@@ -265,9 +272,10 @@ def test_half_precision_trains(entry, dtype):
 
 
 def test_sharding_is_a_fixed_point_on_an_explicit_mesh(reference):
-    """On one device; what is asked here is that no operation has to guess a sharding."""
+    """Nothing is run; what is asked here is that no operation has to guess a sharding."""
+    # With one device JAX 0.6 forgets the axes of what `init` returns.
     mesh = jax.make_mesh(
-        (1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+        (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
     )
     use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
     spec = jax.sharding.PartitionSpec
@@ -335,17 +343,20 @@ def test_injected_hyperparameters(reference):
     entry = reference.entry
     given = arguments(entry) | ({"learning_rate": RATE} if entry.learning_rate else {})
     tx = optax.inject_hyperparams(entry.factory, static_args=entry.static)(**given)
-    if not entry.learning_rate:
+    is_direction = not (entry.learning_rate or entry.terminal)
+    if is_direction:
         tx = optax.chain(tx, optax.scale(-RATE))
     history, _, state = train(tx)
     assert_same(history, reference.history)
-    injected = state if entry.learning_rate else state[0]
+    injected = state[0] if is_direction else state
     assert not set(injected.hyperparams) & set(entry.static)
     assert injected.hyperparams
 
 
 def test_schedules_equal_numbers(reference):
     """Of the step that is taken: the first is number zero."""
+    if reference.entry.terminal:
+        pytest.skip("it has no learning rate")
     numbers = jnp.array([RATE, 2 * RATE, 3 * RATE])
     history, *_ = train(make(reference.entry, learning_rate=lambda count: numbers[count]))
     assert_same(history[0], reference.history[0])

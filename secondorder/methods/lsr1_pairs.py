@@ -1,0 +1,96 @@
+"""The pairs of L-SR1: gradients with weight decay, a diagonal metric, and what can be stored."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from secondorder import tree as vectors
+from secondorder.checks import is_number
+from secondorder.objective import all_finite
+from secondorder.sharding import shard_like
+from secondorder.tree import PairMemory
+
+
+def add_decay(
+    value: jax.Array, grad: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
+) -> tuple[jax.Array, chex.ArrayTree]:
+    """Adds the value and gradient of ``weight_decay |params|^2 / 2``.
+
+    Args:
+      value: Value of the objective.
+      grad: Its gradient, a pytree of arrays.
+      params: The parameters.
+      weight_decay: Coefficient.
+
+    Returns:
+      Both, float32 or wider, the gradient sharded as the parameters.
+    """
+    dtype = vectors.accumulation_dtype(params)
+    value = jnp.asarray(value, dtype)
+    grad = jax.tree.map(lambda g, p: shard_like(g.astype(dtype), p), grad, params)
+    if is_number(weight_decay) and weight_decay == 0:
+        return value, grad
+    value += 0.5 * weight_decay * vectors.inner(params, params)
+    return value, jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), grad, params)
+
+
+def times(metric: chex.ArrayTree | None, vector: chex.ArrayTree) -> chex.ArrayTree:
+    """Multiplies by a diagonal.
+
+    Args:
+      metric: The diagonal, a pytree of arrays, or None for the identity.
+      vector: A pytree like it.
+
+    Returns:
+      The product.
+    """
+    return vector if metric is None else jax.tree.map(jnp.multiply, metric, vector)
+
+
+def make_pair(
+    params: chex.ArrayTree,
+    trial: chex.ArrayTree,
+    before: chex.ArrayTree,
+    after: chex.ArrayTree,
+    metric: chex.ArrayTree | None,
+    norm: jax.Array,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """The pair of a trial step, scaled to ``|s| = 1``, in the coordinates of the metric.
+
+    The step is taken from the two points, so that it is what the parameters' dtype made of it.
+
+    Args:
+      params: The first point.
+      trial: The second point.
+      before: Gradient at the first.
+      after: Gradient of the same objective at the second.
+      metric: ``D^{-1/2}`` or None.
+      norm: Length of the step in these coordinates.
+
+    Returns:
+      ``s`` and ``y``.
+    """
+    factor = 1 / jnp.where(norm > 0, norm, 1)
+    s = jax.tree.map(
+        lambda p, q, g: factor * (q.astype(g.dtype) - p.astype(g.dtype)), params, trial, before
+    )
+    y = jax.tree.map(lambda a, b: factor * (b - a), before, after)
+    inverse = None if metric is None else jax.tree.map(jnp.reciprocal, metric)
+    return times(inverse, s), times(metric, y)
+
+
+def can_be_stored(pair: tuple[chex.ArrayTree, chex.ArrayTree], memory: PairMemory) -> jax.Array:
+    """Whether the dtypes of the parameters and of the memory leave a step, and finite vectors.
+
+    Args:
+      pair: ``s`` and ``y``.
+      memory: The memory that they are for.
+
+    Returns:
+      Boolean scalar.
+    """
+    s, y = (
+        jax.tree.map(lambda v, rows: v.astype(rows.dtype), vector, memory.vectors)
+        for vector in pair
+    )
+    return all_finite((s, y)) & (vectors.inner(s, s) > 0)
