@@ -74,7 +74,7 @@ def scale_by_lsr1(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions updates by a regularized limited-memory SR1 matrix.
 
-    .. math:: d = (B + \mu I)^{-1} g, \qquad \mu > -\lambda_{\min}(B),
+    .. math:: d = (B + \mu I)^{-1} g, \qquad \mu \ge -2 \lambda_{\min}(B),
 
     with the pairs :math:`s = \theta_k - \theta_{k-1}` and
     :math:`y = \nabla f_k(\theta_k) - \nabla f_k(\theta_{k-1})` of the steps that were really made,

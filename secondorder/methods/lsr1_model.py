@@ -134,7 +134,9 @@ def solve_model(
     if kind == "cubic":
         step = solvers.cubic_step(quadratic, 1 / radius)
         return step, Measures(radius, solvers.cubic_decrease(quadratic, step, 1 / radius))
-    shift = solvers.raised_shift(quadratic, 1 / radius)
+    # Along negative curvature the step is then at most as long as along positive of that size.
+    lowest = jnp.minimum(jnp.min(quadratic.eigenvalues), quadratic.complement)
+    shift = solvers.raised_shift(quadratic, jnp.maximum(1 / radius, -2 * lowest))
     step = solvers.regularized_step(quadratic, shift)
     return step, Measures(1 / shift, solvers.model_decrease(quadratic, step))
 
@@ -223,7 +225,7 @@ def assemble(
     Returns:
       A pytree like the gradient.
     """
-    stored = vectors.combine(combination.stored, memory.vectors)
+    stored = vectors.combine_pairs(combination.stored, memory)
     return jax.tree.map(
         lambda p, g: (p + combination.gradient * g).astype(g.dtype), stored, gradient
     )

@@ -90,7 +90,7 @@ def can_be_stored(pair: tuple[chex.ArrayTree, chex.ArrayTree], memory: PairMemor
       Boolean scalar.
     """
     s, y = (
-        jax.tree.map(lambda v, rows: v.astype(rows.dtype), vector, memory.vectors)
-        for vector in pair
+        jax.tree.map(lambda v, rows: v.astype(rows.dtype), vector, stack)
+        for vector, stack in zip(pair, memory.vectors, strict=True)
     )
     return all_finite((s, y)) & (vectors.inner(s, s) > 0)

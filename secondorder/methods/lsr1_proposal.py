@@ -1,6 +1,6 @@
 """The trial step of L-SR1: the minimizer of the model, with momentum, or a random step."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -84,15 +84,16 @@ def propose(
     largest = jnp.maximum(jnp.max(jnp.abs(values)), jnp.abs(model.quadratic.complement))
     curves_down = jnp.any(model.quadratic.kept & (values < -8 * eps**0.5 * largest))
     hopeless = measures.decrease <= 10 * eps * jnp.abs(value)
+    hopeless |= model.gradient_square == 0  # all that is promised then is rounding
     is_probe = stationary & hopeless & (~curves_down | (norm == 0))
 
-    def random(_: Any) -> chex.ArrayTree:
-        return _random_step(key, gradient, radius)
-
-    def solved(memory: PairMemory) -> chex.ArrayTree:
-        return assemble(combination, memory, gradient)
-
-    vector = jax.lax.cond(is_probe, random, solved, memory)
+    # The memory stays out of the branches: the compiler would copy it there.
+    vector = jax.lax.cond(
+        is_probe,
+        lambda vector: _random_step(key, vector, radius),
+        lambda vector: vector,
+        assemble(combination, memory, gradient),
+    )
     return Proposal(
         step=vector,
         norm=jnp.where(is_probe, radius, norm),
@@ -136,11 +137,11 @@ def _add_momentum(
 
 
 def _random_step(key: jax.Array, like: chex.ArrayTree, length: jax.Array) -> chex.ArrayTree:
-    """A step of a given length in a direction uniform on the sphere."""
+    """A step of a given length in a random direction."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     drawn = [
-        shard_like(jax.random.normal(k, leaf.shape, leaf.dtype), leaf)
+        shard_like(jax.random.uniform(k, leaf.shape, leaf.dtype, -1, 1), leaf)
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     direction = jax.tree.unflatten(structure, drawn)

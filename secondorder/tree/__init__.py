@@ -2,6 +2,7 @@
 
 from secondorder.tree.pair_memory import (
     PairMemory,
+    combine_pairs,
     drop_pairs,
     init_pairs,
     newest_slot,
@@ -22,6 +23,7 @@ __all__ = [
     "PairMemory",
     "accumulation_dtype",
     "combine",
+    "combine_pairs",
     "drop_pairs",
     "init_pairs",
     "inner",

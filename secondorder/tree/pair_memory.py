@@ -1,7 +1,8 @@
 r"""A memory of curvature pairs: vectors as pytrees, and their Gram matrix.
 
-The last ``m`` pairs ``(s, y)`` are the rows ``S`` and ``Y`` of one stack of ``2 m`` vectors, a
-ring in which nothing is shifted. With them is kept the Gram matrix
+The last ``m`` pairs ``(s, y)`` are the rows of two stacks ``S`` and ``Y``, a ring in which nothing
+is shifted. (In one stack of both, the compiler would copy it to write two rows.) With them is kept
+the Gram matrix
 
 .. math:: \begin{pmatrix} S S^\top & S Y^\top \\ Y S^\top & Y Y^\top \end{pmatrix},
 
@@ -17,20 +18,27 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from secondorder.tree.vectors import accumulation_dtype, project, read, write, zeros_stack
+from secondorder.tree.vectors import (
+    accumulation_dtype,
+    combine,
+    project,
+    read,
+    write,
+    zeros_stack,
+)
 
 
 class PairMemory(NamedTuple):
     """The last ``m`` pairs.
 
     Attributes:
-      vectors: The rows of ``S`` and then those of ``Y``, a pytree of arrays ``(2 m, *shape)``.
+      vectors: The stacks ``S`` and ``Y``, two pytrees of arrays ``(m, *shape)``.
       gram: Their inner products ``(2 m, 2 m)``, but for those with the newest pair.
       numbers: Which pair each slot holds ``(m,)``, int32, counted from 0; -1 for an empty slot.
       written: Number of pairs written so far, int32 scalar.
     """
 
-    vectors: chex.ArrayTree
+    vectors: tuple[chex.ArrayTree, chex.ArrayTree]
     gram: jax.Array
     numbers: jax.Array
     written: jax.Array
@@ -49,12 +57,13 @@ def init_pairs(params: chex.ArrayTree, size: int, dtype: DTypeLike | None = None
 
     Example:
       >>> memory = init_pairs({"a": jnp.ones(3)}, 2)
-      >>> memory.vectors["a"].shape, memory.numbers.tolist()
-      ((4, 3), [-1, -1])
+      >>> memory.vectors[0]["a"].shape, memory.numbers.tolist()
+      ((2, 3), [-1, -1])
     """
     wide = accumulation_dtype(params)
+    stored = wide if dtype is None else dtype
     return PairMemory(
-        vectors=zeros_stack(params, 2 * size, wide if dtype is None else dtype),
+        vectors=(zeros_stack(params, size, stored), zeros_stack(params, size, stored)),
         gram=jnp.zeros((2 * size, 2 * size), wide),
         numbers=jnp.full(size, -1, jnp.int32),
         written=jnp.zeros((), jnp.int32),
@@ -94,15 +103,35 @@ def project_on_pairs(memory: PairMemory, vector: chex.ArrayTree) -> tuple[PairMe
       ([2.0, 11.0], [[4.0, 2.0], [2.0, 2.0]])
     """
     slot, size = newest_slot(memory), len(memory.numbers)
-    places = slot, size + slot
-    newest = [read(memory.vectors, place) for place in places]
-    products = project(memory.vectors, [*newest, vector])
+    columns = [*(read(stack, slot) for stack in memory.vectors), vector]
+    products = jnp.concatenate([project(stack, columns) for stack in memory.vectors])
     gram = memory.gram
-    for column, place in enumerate(places):
+    for column, place in enumerate((slot, size + slot)):
         at = jnp.arange(2 * size) == place
         row = products[:, column].astype(gram.dtype)
         gram = jnp.where(at[:, None], row, jnp.where(at, row[:, None], gram))
     return memory._replace(gram=gram), products[:, 2]
+
+
+def combine_pairs(coefficients: jax.Array, memory: PairMemory) -> chex.ArrayTree:
+    """A linear combination of all stored vectors, in one pass over them.
+
+    Args:
+      coefficients: Of the steps and then of the changes ``(2 m,)``.
+      memory: A memory of ``m`` pairs.
+
+    Returns:
+      One vector, float32 or wider.
+
+    Example:
+      >>> memory = push_pair(init_pairs(jnp.ones(1), 1), jnp.array([2.0]), jnp.array([3.0]), True)
+      >>> combine_pairs(jnp.array([10.0, 1.0]), memory).tolist()
+      [23.0]
+    """
+    size = len(memory.numbers)
+    first, second = memory.vectors
+    parts = combine(coefficients[:size], first), combine(coefficients[size:], second)
+    return jax.tree.map(jnp.add, *parts)
 
 
 def push_pair(
@@ -126,14 +155,16 @@ def push_pair(
     """
     size = len(memory.numbers)
     slot = memory.written % size
-    vectors = memory.vectors
-    for place, vector in ((slot, s), (size + slot, y)):
-        old = read(vectors, place)
-        kept = jax.tree.map(lambda n, o: jnp.where(accept, n.astype(o.dtype), o), vector, old)
-        vectors = write(vectors, place, kept)
+
+    def keep_or_replace(stack: chex.ArrayTree, vector: chex.ArrayTree) -> chex.ArrayTree:
+        old = read(stack, slot)
+        row = jax.tree.map(lambda n, o: jnp.where(accept, n.astype(o.dtype), o), vector, old)
+        return write(stack, slot, row)
+
+    first, second = memory.vectors
     here = (jnp.arange(size) == slot) & accept
     return PairMemory(
-        vectors=vectors,
+        vectors=(keep_or_replace(first, s), keep_or_replace(second, y)),
         gram=memory.gram,
         numbers=jnp.where(here, memory.written, memory.numbers),
         written=memory.written + jnp.asarray(accept, jnp.int32),

@@ -122,7 +122,7 @@ class Oracle:
             return vectors @ secular(values, a, lambda shift: shift * radius), radius
         if self.model == "shape_changing":
             return box_step(values, vectors, g, gamma, radius)
-        shift = max(1 / radius, 1e-4 * np.abs(values).max() - values[0])
+        shift = max(1 / radius, -2 * values[0], 1e-4 * np.abs(values).max() - values[0])
         return -vectors @ (a / (values + shift)), 1 / shift
 
     def blend(self, b, g, p, length, decrease):

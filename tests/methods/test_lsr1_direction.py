@@ -72,7 +72,7 @@ def test_directions_are_those_of_the_dense_matrix(x64):
         b = sequential_sr1(pairs, gamma)[0] if pairs else np.zeros((5, 5))
         lowest = np.linalg.eigvalsh(b)[0]
         largest = np.abs(np.linalg.eigvalsh(b)).max()
-        shift = max(1 / radius, 1e-4 * largest - lowest)
+        shift = max(1 / radius, -2 * lowest, 1e-4 * largest - lowest)
         radius = 1 / shift
         direction = np.linalg.solve(b + shift * np.eye(5), g)
         before = x

@@ -157,7 +157,7 @@ def test_a_rejected_step_is_zero_and_a_pair(run):
     assert state.last_step == 0
     assert state.memory.numbers.max() == run.state.memory.numbers.max() + 1
     slot = jnp.argmax(state.memory.numbers)
-    step = jax.tree.map(lambda rows: rows[slot], state.memory.vectors)
+    step = jax.tree.map(lambda rows: rows[slot], state.memory.vectors[0])
     np.testing.assert_allclose(optax.tree_utils.tree_norm(step), 1, rtol=1e-3)
 
 

@@ -39,6 +39,8 @@ def test_gram_and_products_follow_the_ring(dtype):
         tolerance = {"rtol": 1e-5, "atol": 1e-4}
         np.testing.assert_allclose(complete.gram, stored @ stored.T, **tolerance)
         np.testing.assert_allclose(products, stored @ ravel(g), **tolerance)
+        combined = tree.combine_pairs(jnp.arange(2.0 * M), complete)
+        np.testing.assert_allclose(ravel(combined), np.arange(2.0 * M) @ stored, **tolerance)
         if accept:
             slot = int(memory.written) % M
             cast = jax.tree.map(lambda x: x.astype(dtype or x.dtype), (s, y))
