@@ -122,6 +122,7 @@ def contract(
       >>> contract(jnp.ones((2, 3)), jnp.ones((3, 2)), ((1,), (0,)), jnp.float32).tolist()
       [[3.0, 3.0], [3.0, 3.0]]
     """
+    a, b = _on_mesh_of(a, b), _on_mesh_of(b, a)
     return jax.lax.dot_general(
         a,
         b,
@@ -130,6 +131,15 @@ def contract(
         preferred_element_type=dtype,
         **_out_sharding(((a, axes[0]), (b, axes[1]))),
     )
+
+
+def _on_mesh_of(array: jax.Array, other: jax.Array) -> jax.Array:
+    """Replicates an array on the Explicit mesh of another, where JAX < 0.7 has it on none."""
+    sharding = _explicit(other)
+    if sharding is None or _mesh(array) is not None:
+        return array
+    replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return reshard(array, replicated)
 
 
 def _out_sharding(operands: Sequence[tuple[jax.Array, Sequence[int]]]) -> dict[str, Any]:
