@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from secondorder.factors.pairs import InnerProduct, Pair, normalize_pair
-from secondorder.factors.products import inner as dot
-from secondorder.factors.products import matmul
+from secondorder.products import inner as dot
+from secondorder.products import matmul
 
 
 def inverse_bfgs_update(h: jax.Array, pair: Pair, accept: ArrayLike = True) -> jax.Array:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from secondorder.factors.pairs import Pair, normalize_pair
-from secondorder.factors.products import inner, matmul
+from secondorder.products import inner, matmul
 
 Forget: TypeAlias = Literal["redundant", "oldest"]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from secondorder.factors.products import matmul
+from secondorder.products import matmul
 
 Tree = TypeVar("Tree")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from secondorder.factors.products import inner as dot
+from secondorder.products import inner as dot
 
 PairDamping: TypeAlias = Literal["powell_identity", "powell_lm"]
 InnerProduct: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]

@@ -18,12 +18,11 @@ from secondorder.layers import statistics
 from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.layers.layer import TracedLayer
 from secondorder.layers.probes import Tape
+from secondorder.products import HIGHEST, matmul
 from secondorder.sharding import replicate
 
 InputFactor: TypeAlias = Literal["minibatch", "moving_average"]
 OutputInverse: TypeAlias = jax.Array | kf.InverseMemory
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class KBFGSFactors(NamedTuple):
@@ -123,14 +122,9 @@ def _keeps_moment(settings: Settings, group: Group) -> bool:
 # Products with the factors.
 
 
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``A B`` for each block."""
-    return jnp.matmul(a, b, precision=_HIGHEST)
-
-
 def matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """``A B^T`` for each block, without transposing anything."""
-    return jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=_HIGHEST)
+    return jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
 
 
 def input_product(inverse: jax.Array, rows: jax.Array) -> jax.Array:

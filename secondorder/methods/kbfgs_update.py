@@ -24,10 +24,10 @@ from secondorder.methods.kbfgs_factors import (
     Pass,
     Settings,
     input_product,
-    matmul,
     matmul_transposed,
     output_product,
 )
+from secondorder.products import matmul
 from secondorder.sharding import replicate
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from secondorder.products import matmul
 
 
 class PairGram(NamedTuple):
@@ -159,9 +159,9 @@ def compact_sr1(
         weights, used = state
         i = order[position]
         known = middle[i] * used  # Ψᵀs of the pairs before
-        residual = units[i] - _product(weights, known)  # r = Ψ residual
-        pivot = middle[i, i] - jnp.sum(known * _product(weights, known))  # sᵀr
-        norm = _root(jnp.sum(residual * _product(gram, residual)))
+        residual = units[i] - matmul(weights, known)  # r = Ψ residual
+        pivot = middle[i, i] - jnp.sum(known * matmul(weights, known))  # sᵀr
+        norm = _root(jnp.sum(residual * matmul(gram, residual)))
         is_safe = jnp.abs(pivot) >= skip * s_norms[i] * norm
         is_new = norm > redundant * (y_norms[i] + jnp.abs(scale) * s_norms[i])
         use = (pairs.numbers[i] >= 0) & is_safe & is_new & (pivot != 0)
@@ -200,8 +200,8 @@ def sr1_eigenbasis(matrix: CompactSR1, rank_tolerance: ArrayLike | None = None) 
         rank_tolerance = 1e-6 if dtype == jnp.float32 else 1e-12
     # Unused pairs have no weight, and would only blur the basis of the others.
     basis, resolved = orthonormal_combinations(gram, matrix.used, rank_tolerance)
-    coordinates = _product(basis.T, gram)  # Qᵀ Ψ
-    small = _product(_product(coordinates, matrix.weights), coordinates.T)
+    coordinates = matmul(basis.T, gram)  # Qᵀ Ψ
+    small = matmul(matmul(coordinates, matrix.weights), coordinates.T)
     # Unresolved rows are zero; a large number there keeps them apart from real eigenvalues.
     apart = 1 + 2 * jnp.sum(jnp.abs(small))
     small = jnp.where(resolved[:, None] & resolved, (small + small.T) / 2, 0)
@@ -209,7 +209,7 @@ def sr1_eigenbasis(matrix: CompactSR1, rank_tolerance: ArrayLike | None = None) 
     kept = jnp.sum(jnp.where(resolved[:, None], vectors**2, 0), axis=0) > 0.5
     return SR1Eigenbasis(
         eigenvalues=jnp.where(kept, values, 0) + matrix.scale,
-        directions=jnp.where(kept, _product(basis, vectors), 0),
+        directions=jnp.where(kept, matmul(basis, vectors), 0),
         kept=kept,
     )
 
@@ -246,10 +246,6 @@ def orthonormal_combinations(
 def _residual_gram(pairs: PairGram, scale: jax.Array) -> jax.Array:
     """``ΨᵀΨ`` for ``Ψ = Y - γ S``."""
     return pairs.yy - scale * (pairs.sy + pairs.sy.T) + scale**2 * pairs.ss
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def _root(squares: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
+from secondorder.products import matmul
 from secondorder.solvers.compact_sr1 import (
-    HIGHEST,
     PairGram,
     middle_matrix,
     orthonormal_combinations,
@@ -128,8 +128,7 @@ def curvature_range(pairs: PairGram) -> tuple[jax.Array, jax.Array]:
     """
     tolerance = 1e-4 if pairs.ss.dtype == jnp.float32 else 1e-8
     basis, resolved = orthonormal_combinations(pairs.ss, pairs.numbers >= 0, tolerance)
-    middle = jnp.matmul(middle_matrix(pairs), basis, precision=HIGHEST)
-    small = jnp.matmul(basis.T, middle, precision=HIGHEST)
+    small = matmul(basis.T, matmul(middle_matrix(pairs), basis))
     small = jnp.where(resolved[:, None] & resolved, (small + small.T) / 2, 0)
     # What is not resolved is moved out of the way: up for the smallest, down for the largest.
     apart = jnp.where(resolved, 0, 1 + 2 * jnp.sum(jnp.abs(small)))

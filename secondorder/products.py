@@ -1,4 +1,4 @@
-"""Products at full precision, shared by every factor.
+"""Products at full precision, shared by all small dense algebra.
 
 Accelerators round the operands of a float32 product by default (bfloat16 on TPU, TF32 on GPU).
 Curvature pairs are differences of nearly equal vectors, for which that is too coarse.
