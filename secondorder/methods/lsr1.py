@@ -33,7 +33,13 @@ from secondorder.methods.lsr1_model import (
     build_model,
     check_scale,
 )
-from secondorder.methods.lsr1_pairs import add_decay, can_be_stored, make_pair, times
+from secondorder.methods.lsr1_pairs import (
+    add_decay,
+    can_be_stored,
+    make_pair,
+    times,
+    unless_unusable,
+)
 from secondorder.methods.lsr1_proposal import Proposal, propose
 from secondorder.objective import (
     all_finite,
@@ -343,7 +349,7 @@ def lsr1(
             metrics=_report(state.metrics, sr1, proposal, params, ratio, accepted, restarts),
         )
         step = jax.tree.map(lambda p: jnp.where(accepted, p, jnp.zeros_like(p)), step)
-        return step, _unless_unusable(usable, control, state)
+        return step, unless_unusable(usable, control, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -442,14 +448,3 @@ def _report(
         restarts=metrics.restarts + restarts,
         nonfinite_steps=metrics.nonfinite_steps,
     )
-
-
-def _unless_unusable(usable: jax.Array, new: LSR1State, old: LSR1State) -> LSR1State:
-    """The old state with one more batch counted, if the batch was not finite.
-
-    The memory takes care of itself: nothing that is not finite was written to it.
-    """
-    count = old.metrics.nonfinite_steps + 1
-    unchanged = old._replace(memory=new.memory, metrics=old.metrics._replace(nonfinite_steps=count))
-    # Hyperparameters and values may be wider than the state, which keeps its dtypes.
-    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, unchanged)

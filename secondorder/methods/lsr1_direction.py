@@ -14,14 +14,15 @@ from secondorder.checks import check_range, check_static_count
 from secondorder.control import RadiusRule, next_radius, reduction_ratio
 from secondorder.methods.lsr1_model import (
     ScaleSetting,
-    SR1Model,
     as_combination,
     assemble,
+    build_matrix,
     build_model,
     check_scale,
+    curvature_along,
     solve_model,
 )
-from secondorder.methods.lsr1_pairs import add_decay, can_be_stored, make_pair
+from secondorder.methods.lsr1_pairs import add_decay, can_be_stored, make_pair, unless_unusable
 from secondorder.objective import all_finite, check_params, check_value_fn, value_and_grad
 from secondorder.sharding import shard_like
 from secondorder.tree import PairMemory
@@ -192,14 +193,10 @@ def scale_by_lsr1(
                 nonfinite_steps=state.metrics.nonfinite_steps,
             ),
         )
-        skipped = state.metrics._replace(nonfinite_steps=state.metrics.nonfinite_steps + 1)
-        unchanged = state._replace(memory=memory, metrics=skipped)
         scaled = jax.tree.map(
             lambda d, u: jnp.where(usable, -d, 0).astype(u.dtype), scaled, updates
         )
-        return scaled, jax.tree.map(
-            lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new_state, unchanged
-        )
+        return scaled, unless_unusable(usable, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -224,14 +221,7 @@ def _foreseen(
     """
     slot = vectors.newest_slot(memory)
     older = jnp.where(jnp.arange(len(memory.numbers)) == slot, -1, memory.numbers)
-    filled = jnp.tile(older >= 0, 2)
-    products = jnp.where(filled, memory.gram[slot], 0)
-    model: SR1Model = build_model(
-        memory._replace(numbers=older), products, memory.gram[slot, slot], scale, skip
-    )
-    size = len(older)
-    along = products[size:] - model.matrix.scale * products[:size]
-    bend = model.matrix.scale * memory.gram[slot, slot]
-    weighted = jnp.matmul(model.matrix.weights, along, precision=jax.lax.Precision.HIGHEST)
-    bend += jnp.dot(along, weighted, precision=jax.lax.Precision.HIGHEST)
+    matrix = build_matrix(memory._replace(numbers=older), scale, skip)
+    products = jnp.where(jnp.tile(older >= 0, 2), memory.gram[slot], 0)
+    bend = curvature_along(matrix, products, memory.gram[slot, slot])
     return -(slope + norm**2 * bend / 2)

@@ -15,8 +15,7 @@ import numpy as np
 from secondorder import solvers
 from secondorder import tree as vectors
 from secondorder.checks import check_choice, is_number
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from secondorder.products import inner, matmul
 
 ScaleSetting: TypeAlias = solvers.ScaleRule | chex.Numeric
 ModelKind: TypeAlias = Literal[
@@ -63,6 +62,45 @@ class Measures(NamedTuple):
     decrease: jax.Array
 
 
+def build_matrix(
+    memory: vectors.PairMemory, scale: ScaleSetting, skip: chex.Numeric
+) -> solvers.CompactSR1:
+    """The SR1 matrix of a memory.
+
+    Args:
+      memory: A memory whose Gram matrix is complete.
+      scale: Rule for ``γ``, or its value.
+      skip: Threshold of the SR1 denominator.
+
+    Returns:
+      The matrix. Without pairs ``γ`` is 0.
+    """
+    pairs = solvers.pair_gram(memory.gram, memory.numbers)
+    if isinstance(scale, str):
+        gamma = solvers.initial_scale(pairs, cast(solvers.ScaleRule, scale))
+    else:
+        known = jnp.any(memory.numbers >= 0)
+        gamma = jnp.where(known, jnp.asarray(scale, memory.gram.dtype), 0)
+    return solvers.compact_sr1(pairs, gamma, skip)
+
+
+def curvature_along(
+    matrix: solvers.CompactSR1, products: jax.Array, square: jax.Array
+) -> jax.Array:
+    """The curvature ``pᵀBp`` along a vector.
+
+    Args:
+      matrix: The matrix ``B``.
+      products: Products of the stored vectors with ``p`` ``(2 m,)``, zero for empty slots.
+      square: ``|p|^2``.
+
+    Returns:
+      A scalar.
+    """
+    along = _residual_products(matrix, products)
+    return matrix.scale * square + inner(along, matmul(matrix.weights, along))
+
+
 def build_model(
     memory: vectors.PairMemory,
     products: jax.Array,
@@ -82,24 +120,17 @@ def build_model(
     Returns:
       The model. Without pairs ``γ`` is 0: all that is known is the gradient.
     """
-    size = len(memory.numbers)
     filled = jnp.tile(memory.numbers >= 0, 2)
     products = jnp.where(filled, products.astype(memory.gram.dtype), 0)
-    pairs = solvers.pair_gram(memory.gram, memory.numbers)
-    if isinstance(scale, str):
-        gamma = solvers.initial_scale(pairs, cast(solvers.ScaleRule, scale))
-    else:
-        gamma = jnp.where(filled.any(), jnp.asarray(scale, memory.gram.dtype), 0)
-    matrix = solvers.compact_sr1(pairs, gamma, skip)
+    matrix = build_matrix(memory, scale, skip)
     basis = solvers.sr1_eigenbasis(matrix)
-    along = products[size:] - gamma * products[:size]  # Ψᵀ g
-    coordinates = _dot(basis.directions.T, along)
+    coordinates = matmul(basis.directions.T, _residual_products(matrix, products))
     square = jnp.asarray(gradient_square, memory.gram.dtype)
     return SR1Model(
         quadratic=solvers.QuadraticModel(
             eigenvalues=basis.eigenvalues,
             gradient=coordinates,
-            complement=gamma,
+            complement=matrix.scale,
             complement_gradient=_complement_norm(square, coordinates),
             kept=basis.kept,
         ),
@@ -153,7 +184,7 @@ def as_combination(model: SR1Model, step: solvers.ModelStep) -> Combination:
     """
     normal = model.quadratic.complement_gradient
     b = jnp.where(normal > 0, step.complement / jnp.where(normal > 0, normal, 1), 0)
-    c = _dot(model.directions, step.coordinates - b * model.quadratic.gradient)
+    c = matmul(model.directions, step.coordinates - b * model.quadratic.gradient)
     return Combination(jnp.concatenate([-model.matrix.scale * c, c]), b)
 
 
@@ -187,8 +218,8 @@ def norm_of(model: SR1Model, combination: Combination) -> jax.Array:
       A scalar.
     """
     stored, b = combination
-    square = jnp.dot(stored, _dot(model.gram, stored), precision=_HIGHEST)
-    cross = 2 * b * jnp.dot(stored, model.products, precision=_HIGHEST)
+    square = inner(stored, matmul(model.gram, stored))
+    cross = 2 * b * inner(stored, model.products)
     return jnp.sqrt(jnp.maximum(square + cross + b**2 * model.gradient_square, 0))
 
 
@@ -203,12 +234,9 @@ def decrease_of(model: SR1Model, combination: Combination) -> jax.Array:
       ``-(gᵀp + pᵀBp/2)``, a scalar.
     """
     stored, b = combination
-    slope = jnp.dot(stored, model.products, precision=_HIGHEST) + b * model.gradient_square
-    projected = _dot(model.gram, stored) + b * model.products
-    size, gamma = len(stored) // 2, model.matrix.scale
-    along = projected[size:] - gamma * projected[:size]  # Ψᵀ p
-    bend = gamma * norm_of(model, combination) ** 2
-    bend += jnp.dot(along, _dot(model.matrix.weights, along), precision=_HIGHEST)
+    slope = inner(stored, model.products) + b * model.gradient_square
+    projected = matmul(model.gram, stored) + b * model.products
+    bend = curvature_along(model.matrix, projected, norm_of(model, combination) ** 2)
     return -(slope + bend / 2)
 
 
@@ -253,5 +281,7 @@ def _complement_norm(square: jax.Array, coordinates: jax.Array) -> jax.Array:
     return jnp.where(rest > resolution, jnp.sqrt(jnp.maximum(rest, 0)), 0)
 
 
-def _dot(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.matmul(matrix, vector, precision=_HIGHEST)
+def _residual_products(matrix: solvers.CompactSR1, products: jax.Array) -> jax.Array:
+    """``Ψᵀ v = (Y - γ S)ᵀ v`` from the products of the stored vectors with ``v``."""
+    size = len(matrix.used)
+    return products[size:] - matrix.scale * products[:size]

@@ -1,4 +1,6 @@
-"""The pairs of L-SR1: gradients with weight decay, a diagonal metric, and what can be stored."""
+"""What both forms of L-SR1 do at a step: gradients with weight decay, pairs, unusable batches."""
+
+from typing import Any
 
 import chex
 import jax
@@ -94,3 +96,22 @@ def can_be_stored(pair: tuple[chex.ArrayTree, chex.ArrayTree], memory: PairMemor
         for vector, stack in zip(pair, memory.vectors, strict=True)
     )
     return all_finite((s, y)) & (vectors.inner(s, s) > 0)
+
+
+def unless_unusable(usable: jax.Array, new: Any, old: Any) -> Any:
+    """The new state; or the old one with one more batch counted, if the batch was not finite.
+
+    The memory takes care of itself: nothing that is not finite was written to it.
+
+    Args:
+      usable: Whether the batch was finite, a boolean scalar.
+      new: The state after the step, with ``memory`` and ``metrics``.
+      old: The state before it.
+
+    Returns:
+      One of the two, in the dtypes of the old one.
+    """
+    count = old.metrics.nonfinite_steps + 1
+    unchanged = old._replace(memory=new.memory, metrics=old.metrics._replace(nonfinite_steps=count))
+    # Hyperparameters and values may be wider than the state, which keeps its dtypes.
+    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, unchanged)

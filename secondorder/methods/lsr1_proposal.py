@@ -119,7 +119,8 @@ def _add_momentum(
     """Blends the last step in, if the model promises a decrease along the mixture too."""
     mixed = blend(combination, vectors.newest_slot(memory), last_step, momentum)
     mixed_norm = norm_of(model, mixed)
-    if kind in ("trust_region", "shape_changing"):
+    is_region = kind in ("trust_region", "shape_changing")
+    if is_region:
         factor = jnp.minimum(1, radius / jnp.where(mixed_norm > 0, mixed_norm, 1))
         mixed = jax.tree.map(lambda c: factor * c, mixed)
         mixed_norm = factor * mixed_norm
@@ -128,7 +129,7 @@ def _add_momentum(
         decrease -= mixed_norm**3 / (3 * radius)
     # A share that is traced may be zero, and then nothing is clipped either.
     use = (momentum > 0) & (last_step > 0) & (decrease > 0)
-    length = jnp.where(kind in ("trust_region", "shape_changing"), mixed_norm, measures.length)
+    length = mixed_norm if is_region else measures.length
     return jax.tree.map(
         lambda new, old: jnp.where(use, new, old),
         (mixed, mixed_norm, Measures(length, decrease)),
