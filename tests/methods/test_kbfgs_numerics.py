@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import secondorder as so
+from tests.methods.comparisons import all_finite, all_zero, identical
 
 
 def mlp(params, x):
@@ -88,21 +89,6 @@ def move(params, updates, learning_rate=0.1):
 @pytest.fixture(scope="module", params=["dense", "limited"])
 def run(request):
     return Run(memory_size=3 if request.param == "limited" else None)
-
-
-def identical(one, other):
-    return all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )
-
-
-def all_zero(tree):
-    return all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(tree))
-
-
-def all_finite(tree):
-    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import secondorder as so
+from tests.methods.comparisons import all_finite, all_zero, identical
 
 SETTINGS = {
     "memory_size": 3,
@@ -109,21 +110,6 @@ def plain_run():
 @pytest.fixture
 def run():
     return plain_run()
-
-
-def identical(one, other):
-    return all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )
-
-
-def all_zero(tree):
-    return all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(tree))
-
-
-def all_finite(tree):
-    return all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(tree))
 
 
 def without_gram(state):

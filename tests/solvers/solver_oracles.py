@@ -8,12 +8,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from secondorder.solvers import QuadraticModel
 
 N, K = 9, 4
 KEPT = np.array([True, True, False, True])  # one of the k places holds no direction
 CASES = ["convex", "indefinite", "singular", "hard", "complement below", "no gradient", "no g_perp"]
+
+few = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+seeds = st.integers(0, 2**31)
+exponents = st.floats(-4, 4)
 
 
 class Dense(NamedTuple):

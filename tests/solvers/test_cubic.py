@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from solver_oracles import (
     CASES,
@@ -15,8 +15,11 @@ from solver_oracles import (
     cubic_minimum,
     dense_model,
     exact,
+    exponents,
+    few,
     nearly_hard,
     restricted,
+    seeds,
     spread_model,
     vector,
 )
@@ -27,15 +30,6 @@ from secondorder.solvers import (
     separable_cubic_decrease,
     separable_cubic_step,
 )
-
-few = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-seeds = st.integers(0, 2**31)
-exponents = st.floats(-4, 4)
 
 solve = jax.jit(cubic_step)
 decrease = jax.jit(cubic_decrease)

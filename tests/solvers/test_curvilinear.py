@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from solver_oracles import (
     CASES,
@@ -13,19 +13,14 @@ from solver_oracles import (
     assert_finite,
     assert_types,
     dense_model,
+    few,
+    seeds,
     spread_model,
     vector,
 )
 
 from secondorder.solvers import curvilinear_decrease, curvilinear_search, curvilinear_steps
 
-few = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-seeds = st.integers(0, 2**31)
 FLOOR = 1e-3
 
 steps_of = jax.jit(curvilinear_steps)

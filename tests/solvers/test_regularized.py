@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from solver_oracles import (
     CASES,
@@ -14,19 +14,13 @@ from solver_oracles import (
     assert_finite,
     assert_types,
     dense_model,
+    few,
+    seeds,
     spread_model,
     vector,
 )
 
 from secondorder.solvers import model_decrease, raised_shift, regularized_step
-
-few = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-seeds = st.integers(0, 2**31)
 
 solve = jax.jit(regularized_step)
 raised = jax.jit(raised_shift)

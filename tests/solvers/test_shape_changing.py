@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from solver_oracles import (
     CASES,
@@ -16,20 +16,15 @@ from solver_oracles import (
     ball_minimum,
     dense_model,
     exact,
+    exponents,
+    few,
+    seeds,
     spread_model,
     vector,
 )
 
 from secondorder.solvers import ModelStep, model_decrease, shape_changing_step, shape_norm
 
-few = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-seeds = st.integers(0, 2**31)
-exponents = st.floats(-4, 4)
 NORMS = ["p_inf", "p_2"]
 
 solve = jax.jit(shape_changing_step, static_argnames="norm")
