@@ -16,7 +16,7 @@ from benchmarks.minimization import Iterate, Limits
 from benchmarks.precision import double_precision
 from benchmarks.records import Record, Writer, open_writer, versions
 from benchmarks.scipy_peers import PEERS
-from benchmarks.settings import SettingError
+from benchmarks.settings import SettingError, choose_problems
 from benchmarks.solvers import Variant, available, solver_catalogue
 
 _DEFAULT_SOLVERS = ("lsr1", "lbfgs")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(args.max_gradients, args.tolerance)
     if limits.max_gradients < 1 or not limits.tolerance > 0:
         raise SettingError("--max-gradients and --tolerance must be positive.")
-    functions = _functions(args.problems)
+    functions = choose_problems(args.problems, FUNCTIONS)
     with double_precision():
         contestants = [_contestant(text) for text in _labels(args.methods)]
         options = DataOptions.from_environment(args.data_dir)
@@ -91,16 +91,6 @@ def run(args: argparse.Namespace) -> int:
         style="dim",
     )
     return 0
-
-
-def _functions(names: str | None) -> list[Function]:
-    chosen = list(FUNCTIONS) if names is None else names.split(",")
-    unknown = [name for name in chosen if name not in FUNCTIONS]
-    if unknown:
-        raise SettingError(
-            f"There is no problem {', '.join(unknown)}; there are: {', '.join(FUNCTIONS)}."
-        )
-    return [FUNCTIONS[name] for name in chosen]
 
 
 def _labels(methods: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks.minimization import Iterate, Limits, iterates, within
 from benchmarks.precision import double_precision
 from benchmarks.records import Record, Writer, open_writer, versions
 from benchmarks.saddle_points import SADDLES, Saddle
-from benchmarks.settings import SettingError, Settings
+from benchmarks.settings import SettingError, Settings, choose_problems
 from benchmarks.solvers import SOLVERS, Variant, available, solver_catalogue
 
 # How far the value may still be above the minimum, as a share of the way from the start.
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_gradients < 1:
         raise SettingError("--max-gradients must be positive.")
     limits = Limits(args.max_gradients)
-    saddles = _saddles(args.problems)
+    saddles = choose_problems(args.problems, SADDLES)
     with double_precision():
         variants = _variants(args.methods)
         with open_writer(args.json) as write:
@@ -107,16 +107,6 @@ def try_saddle(
         if reached is None and point.value <= bound:
             reached = point.gradients
     return Trial(settings, start, last, reached, is_finite=True)
-
-
-def _saddles(names: str | None) -> list[Saddle]:
-    chosen = list(SADDLES) if names is None else names.split(",")
-    unknown = [name for name in chosen if name not in SADDLES]
-    if unknown:
-        raise SettingError(
-            f"There is no problem {', '.join(unknown)}; there are: {', '.join(SADDLES)}."
-        )
-    return [SADDLES[name] for name in chosen]
 
 
 def _variants(methods: str | None) -> list[Variant]:

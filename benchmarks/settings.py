@@ -3,9 +3,10 @@
 import ast
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 Settings = dict[str, Any]
+Item = TypeVar("Item")
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -51,6 +52,28 @@ def parse_variant(text: str) -> tuple[str, Settings]:
     """Splits ``method:key=value:key=value`` into the method and its settings."""
     name, *items = text.split(":")
     return name, parse_settings(items)
+
+
+def choose_problems(names: str | None, table: Mapping[str, Item]) -> list[Item]:
+    """The problems of a list with commas; all of them without a list.
+
+    Args:
+        names: For example ``"beale,wood"``, or None.
+        table: The problems by name.
+
+    Returns:
+        The problems.
+
+    Raises:
+        SettingError: The table has no such name.
+    """
+    chosen = list(table) if names is None else names.split(",")
+    unknown = [name for name in chosen if name not in table]
+    if unknown:
+        raise SettingError(
+            f"There is no problem {', '.join(unknown)}; there are: {', '.join(table)}."
+        )
+    return [table[name] for name in chosen]
 
 
 def check_keys(settings: Mapping[str, Any], valid: Iterable[str], method: str) -> None:
