@@ -54,7 +54,7 @@ REGISTRY = [
     Entry(
         "scale_by_lsr1",
         so.scale_by_lsr1,
-        {"memory_size": 2, "radius": 10.0},
+        {"memory_size": 2},
         (),
         ("memory_size", "storage_dtype"),
         False,
