@@ -116,9 +116,14 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _halve(images: jax.Array) -> jax.Array:
-    """Max-pooling over 2x2 pixels."""
-    pooled: jax.Array = nn.max_pool(images, (2, 2), (2, 2))  # type: ignore[no-untyped-call]
-    return pooled
+    """Max-pooling over 2x2 pixels; an odd last row or column is left out.
+
+    The gradient of a maximum of slices takes half the time of that of `nn.max_pool`, which the
+    CPU scatters pixel by pixel.
+    """
+    height, width = (size // 2 * 2 for size in images.shape[1:3])
+    rows = jnp.maximum(images[:, 0:height:2], images[:, 1:height:2])
+    return jnp.maximum(rows[:, :, 0:width:2], rows[:, :, 1:width:2])
 
 
 def _init_dense(key: jax.Array, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
