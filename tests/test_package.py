@@ -21,8 +21,9 @@ PUBLIC = sorted(set(so.__all__) - {"__version__"})
 # `docs/architecture.md` says what each is for; a new room gets its place here.
 FLOORS = (
     ("_version", "checks", "products", "sharding"),
-    ("objective",),
-    ("layers", "factors", "tree", "solvers", "control"),
+    ("objective", "tree"),
+    ("layers", "factors", "solvers", "control"),
+    ("operators",),
     ("methods",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -1,5 +1,13 @@
 """Vectors that are pytrees: stacks of them, their inner products and linear combinations."""
 
+from secondorder.tree.blocks import (
+    Blocks,
+    BlockSetting,
+    block_inner,
+    block_scale,
+    label_blocks,
+    one_block,
+)
 from secondorder.tree.pair_memory import (
     PairMemory,
     combine_pairs,
@@ -20,14 +28,20 @@ from secondorder.tree.vectors import (
 )
 
 __all__ = [
+    "BlockSetting",
+    "Blocks",
     "PairMemory",
     "accumulation_dtype",
+    "block_inner",
+    "block_scale",
     "combine",
     "combine_pairs",
     "drop_pairs",
     "init_pairs",
     "inner",
+    "label_blocks",
     "newest_slot",
+    "one_block",
     "project",
     "project_on_pairs",
     "push_pair",

@@ -1,0 +1,145 @@
+"""Linear operators on pytrees that are known by their products alone."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from secondorder.tree import accumulation_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOperator:
+    r"""A symmetric matrix :math:`A` that acts on pytrees like the parameters.
+
+    Operators are made inside the function that is compiled, at a point, and closed over by what
+    uses them; they are not arguments of compiled functions.
+
+    Attributes:
+      product: Maps ``v`` to ``A v``; both are pytrees like ``like``.
+      like: A pytree of `jax.ShapeDtypeStruct` like the vectors.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> double = LinearOperator(lambda v: 2 * v, jax.ShapeDtypeStruct((2,), jnp.float32))
+      >>> (double + double.damped(1.0)).as_matrix().tolist()
+      [[5.0, 0.0], [0.0, 5.0]]
+    """
+
+    product: Callable[[chex.ArrayTree], chex.ArrayTree]
+    like: chex.ArrayTree
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """The product with a vector.
+
+        Args:
+          vector: A pytree of arrays like ``like``.
+
+        Returns:
+          A pytree like it.
+        """
+        return self.product(vector)
+
+    def columns(self, stack: chex.ArrayTree) -> chex.ArrayTree:
+        """The products with several vectors.
+
+        Args:
+          stack: The vectors, a pytree of arrays ``(k, *shape)``.
+
+        Returns:
+          A stack like it.
+        """
+        return jax.vmap(self.product)(stack)
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        """The sum of two operators on the same vectors."""
+        return LinearOperator(
+            lambda v: jax.tree.map(jnp.add, self.product(v), other.product(v)), self.like
+        )
+
+    def scaled(self, factor: chex.Numeric) -> "LinearOperator":
+        """The operator times a number."""
+        return LinearOperator(
+            lambda v: jax.tree.map(lambda a: factor * a, self.product(v)), self.like
+        )
+
+    def damped(self, damping: chex.Numeric) -> "LinearOperator":
+        r"""The operator plus a multiple of the identity, :math:`A + \lambda I`.
+
+        Args:
+          damping: The number :math:`\lambda`.
+
+        Returns:
+          The sum.
+        """
+        return LinearOperator(
+            lambda v: jax.tree.map(lambda a, b: a + damping * b, self.product(v), v), self.like
+        )
+
+    def plus_diagonal(self, diagonal: chex.ArrayTree) -> "LinearOperator":
+        """The operator plus a diagonal matrix.
+
+        Args:
+          diagonal: Its elements, a pytree of arrays like the vectors.
+
+        Returns:
+          The sum.
+        """
+        return LinearOperator(
+            lambda v: jax.tree.map(lambda a, d, b: a + d * b, self.product(v), diagonal, v),
+            self.like,
+        )
+
+    def masked(self, mask: chex.ArrayTree) -> "LinearOperator":
+        """The operator on some of the leaves or elements, zero on the others.
+
+        Args:
+          mask: A tree prefix of the vectors, of booleans or of arrays of ones and zeros.
+
+        Returns:
+          The operator :math:`M A M`.
+        """
+
+        def restrict(vector: chex.ArrayTree) -> chex.ArrayTree:
+            return jax.tree.map(
+                lambda m, part: jax.tree.map(lambda v: jnp.where(m, v, 0), part), mask, vector
+            )
+
+        return LinearOperator(lambda v: restrict(self.product(restrict(v))), self.like)
+
+    def as_matrix(self) -> jax.Array:
+        """The dense matrix, for tests and small problems.
+
+        Returns:
+          Array ``(n, n)``, in the order of `jax.flatten_util.ravel_pytree`.
+        """
+        leaves, structure = jax.tree.flatten(self.like)
+        sizes = [leaf.size for leaf in leaves]
+        identity = jnp.eye(sum(sizes), dtype=accumulation_dtype(self.like))
+        parts = jnp.split(identity, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)], axis=1)
+        stack = [
+            part.reshape(-1, *leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        products = jax.tree.leaves(self.columns(jax.tree.unflatten(structure, stack)))
+        rows = jnp.concatenate([p.reshape(len(identity), -1) for p in products], axis=1)
+        return rows.T
+
+    def as_lineax(self) -> Any:
+        """The operator as a symmetric `lineax.FunctionLinearOperator`.
+
+        Returns:
+          The operator.
+
+        Raises:
+          ImportError: If lineax is not installed.
+        """
+        try:
+            import lineax
+        except ImportError as error:
+            message = "as_lineax needs lineax; install it with `pip install lineax`."
+            raise ImportError(message) from error
+        return lineax.FunctionLinearOperator(self.product, self.like, lineax.symmetric_tag)

@@ -1,0 +1,152 @@
+r"""Vectors that are pytrees, cut into blocks of leaves.
+
+A block-diagonal matrix acts on each block of the parameters by itself. What a method computes for
+all blocks at once is one vector as usual, and one scalar per block: an array of length ``L``.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from secondorder.tree.vectors import accumulation_dtype
+
+# How a user says what the blocks are; see `label_blocks`.
+BlockSetting: TypeAlias = Callable[[str], Hashable] | chex.ArrayTree | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A partition of the leaves of a pytree; static.
+
+    Attributes:
+      names: What each block is called.
+      labels: For each leaf, in the order of `jax.tree.leaves`, the index of its block.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def leaves_of(self, block: int) -> tuple[int, ...]:
+        """The indices of the leaves of a block."""
+        return tuple(leaf for leaf, label in enumerate(self.labels) if label == block)
+
+
+def one_block(params: chex.ArrayTree) -> Blocks:
+    """All leaves in one block.
+
+    Args:
+      params: A pytree of arrays.
+
+    Returns:
+      The partition.
+
+    Example:
+      >>> one_block({"a": jnp.ones(2), "b": jnp.ones(3)}).labels
+      (0, 0)
+    """
+    return Blocks(("all",), (0,) * len(jax.tree.leaves(params)))
+
+
+def label_blocks(setting: BlockSetting, params: chex.ArrayTree) -> Blocks:
+    """Cuts the parameters into blocks.
+
+    Args:
+      setting: None: leaves that have the same parent are a block, such as the kernel and the
+        bias of a layer. A callable: from the path of a leaf, such as ``"encoder/0/kernel"``, to the
+        label of its block. A pytree of labels: a tree prefix of the parameters, as
+        `optax.partition` takes.
+      params: The parameters, arrays or abstract.
+
+    Returns:
+      The partition, its blocks in the order of their first leaves.
+
+    Raises:
+      ValueError: If a pytree of labels is not a prefix of the parameters.
+
+    Example:
+      >>> params = {"enc": {"w": jnp.ones(2), "b": jnp.ones(1)}, "dec": {"w": jnp.ones(2)}}
+      >>> label_blocks(None, params).names
+      ('dec', 'enc')
+      >>> label_blocks(lambda path: path[-1], params).names
+      ('w', 'b')
+    """
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    if setting is None:
+        given: list[Any] = [path.rpartition("/")[0] or path or "(params)" for path in paths]
+    elif callable(setting):
+        given = [setting(path) for path in paths]
+    else:
+        given = _broadcast_labels(setting, params)
+    numbers: dict[Hashable, int] = collections.defaultdict(lambda: len(numbers))
+    labels = tuple(numbers[label] for label in given)
+    return Blocks(tuple(map(str, numbers)), labels)
+
+
+def _broadcast_labels(labels: chex.ArrayTree, params: chex.ArrayTree) -> list[Any]:
+    """The label of each leaf, from a tree prefix."""
+    try:
+        full = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, params)
+    except ValueError as error:
+        raise ValueError(
+            "The labels of the blocks must be a pytree like the parameters, or a prefix of it, "
+            f"with a string or a number at each leaf: {error}"
+        ) from error
+    return jax.tree.leaves(full)
+
+
+def block_inner(blocks: Blocks, x: chex.ArrayTree, y: chex.ArrayTree) -> jax.Array:
+    r"""The inner products :math:`x_b^\top y_b` of all blocks.
+
+    Args:
+      blocks: The partition, of ``L`` blocks.
+      x: A pytree of arrays.
+      y: A pytree like it.
+
+    Returns:
+      Array ``(L,)``, float32 or wider.
+
+    Example:
+      >>> blocks = Blocks(("a", "b"), (0, 1))
+      >>> block_inner(blocks, (jnp.ones(2), jnp.ones(3)), (jnp.ones(2), jnp.ones(3))).tolist()
+      [2.0, 3.0]
+    """
+    dtype = accumulation_dtype((x, y))
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    sums: list[Any] = [jnp.zeros((), dtype)] * len(blocks)
+    for label, (a, b) in zip(blocks.labels, pairs, strict=True):
+        sums[label] = sums[label] + jnp.sum(a.astype(dtype) * b.astype(dtype))
+    return jnp.stack(sums)
+
+
+def block_scale(blocks: Blocks, coefficients: jax.Array, x: chex.ArrayTree) -> chex.ArrayTree:
+    """Multiplies each block by a number of its own.
+
+    Args:
+      blocks: The partition, of ``L`` blocks.
+      coefficients: Array ``(L,)``.
+      x: A pytree of arrays.
+
+    Returns:
+      A pytree like ``x``.
+
+    Example:
+      >>> block_scale(Blocks(("a", "b"), (0, 1)), jnp.array([2.0, 3.0]), (jnp.ones(1), jnp.ones(1)))
+      (Array([2.], dtype=float32), Array([3.], dtype=float32))
+    """
+    leaves, structure = jax.tree.flatten(x)
+    scaled = [
+        coefficients[label].astype(leaf.dtype) * leaf
+        for label, leaf in zip(blocks.labels, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, scaled)
