@@ -23,6 +23,22 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is known to be zero, so that what it weighs can be left out.
+
+    Args:
+      value: The hyperparameter.
+
+    Returns:
+      False for arrays and tracers, which are not compared.
+
+    Example:
+      >>> is_zero(0.0), is_zero(0.1)
+      (True, False)
+    """
+    return is_number(value) and bool(value == 0)
+
+
 def check_range(
     name: str,
     value: Any,

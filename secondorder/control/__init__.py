@@ -1,5 +1,26 @@
 """Rules that steer a method by what its steps achieve."""
 
+from secondorder.control.damping import DampingRule, NielsenState, next_damping, nielsen_damping
+from secondorder.control.line_search import (
+    SearchResult,
+    StoredResult,
+    backtrack,
+    best_stored,
+    optimal_rate,
+)
 from secondorder.control.radius import RadiusRule, next_radius, reduction_ratio
 
-__all__ = ["RadiusRule", "next_radius", "reduction_ratio"]
+__all__ = [
+    "DampingRule",
+    "NielsenState",
+    "RadiusRule",
+    "SearchResult",
+    "StoredResult",
+    "backtrack",
+    "best_stored",
+    "next_damping",
+    "next_radius",
+    "nielsen_damping",
+    "optimal_rate",
+    "reduction_ratio",
+]
