@@ -1,7 +1,14 @@
-"""Subproblems of a quadratic model whose matrix is an identity plus a term of low rank.
+"""Minimizers of quadratic models.
 
-In the eigenbasis of that term a step is ``k + 1`` numbers. Solvers see these and nothing else: no
-vectors of parameters, no objective.
+One kind knows the matrix of the model by its products only:
+
+* `conjugate_gradient`: on vectors that are pytrees, for all blocks of the matrix in lockstep.
+* `progress`: when that has stalled, and which of its iterates to keep.
+* `krylov_basis`: an orthonormal basis of what they would search, and the matrix restricted to it.
+
+For the other the matrix is an identity plus a term of low rank. In the eigenbasis of that term a
+step is ``k + 1`` numbers. Solvers see these and nothing else: no vectors of parameters, no
+objective.
 
 * `compact_sr1`: limited-memory SR1, its eigenbasis, and the pairs that are safe to use.
 * `initial_scale`: the multiple of the identity that SR1 starts from.
@@ -24,6 +31,11 @@ from secondorder.solvers.compact_sr1 import (
     pair_gram,
     sr1_eigenbasis,
 )
+from secondorder.solvers.conjugate_gradient import (
+    CGResult,
+    conjugate_gradient,
+    predicted_decrease,
+)
 from secondorder.solvers.cubic import (
     cubic_decrease,
     cubic_step,
@@ -43,6 +55,8 @@ from secondorder.solvers.initial_scale import (
     initial_scale,
     least_rayleigh,
 )
+from secondorder.solvers.krylov_basis import KrylovBasis, krylov_basis, whitening
+from secondorder.solvers.progress import stored_iterations
 from secondorder.solvers.quadratic import (
     ModelStep,
     QuadraticModel,
@@ -55,8 +69,10 @@ from secondorder.solvers.shape_changing import ShapeNorm, shape_changing_step, s
 from secondorder.solvers.trust_region import trust_region_step
 
 __all__ = [
+    "CGResult",
     "CompactSR1",
     "CurvilinearResult",
+    "KrylovBasis",
     "ModelStep",
     "PairGram",
     "QuadraticModel",
@@ -66,6 +82,7 @@ __all__ = [
     "barzilai_borwein",
     "clip_step",
     "compact_sr1",
+    "conjugate_gradient",
     "cubic_decrease",
     "cubic_step",
     "curvature_range",
@@ -73,11 +90,13 @@ __all__ = [
     "curvilinear_search",
     "curvilinear_steps",
     "initial_scale",
+    "krylov_basis",
     "least_rayleigh",
     "middle_matrix",
     "model_decrease",
     "orthonormal_combinations",
     "pair_gram",
+    "predicted_decrease",
     "raised_shift",
     "regularized_step",
     "separable_cubic_decrease",
@@ -86,5 +105,7 @@ __all__ = [
     "shape_norm",
     "sr1_eigenbasis",
     "step_norm",
+    "stored_iterations",
     "trust_region_step",
+    "whitening",
 ]
