@@ -172,7 +172,7 @@ class _Reader:
             return None, unknown
         body = jaxprs.body_of(equation)
         if body is not None and equation.primitive.name == jaxprs.SCAN:
-            return self.read_scan(equation, body.jaxpr, values, lengths), unknown
+            return self.read_scan(equation, body.jaxpr, values, lengths, needed), unknown
         if body is not None:
             plan, results = self.read(body.jaxpr, values, lengths, needed)
             inlined = equation.primitive.name not in jaxprs.REMAT
@@ -204,7 +204,12 @@ class _Reader:
         return site, [output_value(application, index)]
 
     def read_scan(
-        self, equation: Any, body: Any, values: Sequence[Provenance], lengths: tuple[int, ...]
+        self,
+        equation: Any,
+        body: Any,
+        values: Sequence[Provenance],
+        lengths: tuple[int, ...],
+        needed: Sequence[bool],
     ) -> Plan:
         """Reads the body of a scan; nothing is known of what leaves it."""
         arity = jaxprs.scan_arity(equation, body)
@@ -215,7 +220,9 @@ class _Reader:
             known = isinstance(value, ParamValue) and not arity.consts <= i < end
             inside.append(enter_scan(value, i >= end) if known else None)  # type: ignore[arg-type]
         everything = [True] * len(body.outvars)
-        plan, _ = self.read(body, inside, (*lengths, equation.params["length"]), everything)
+        plan, results = self.read(body, inside, (*lengths, equation.params["length"]), everything)
+        leaving = [value for value, wanted in zip(results, needed, strict=True) if wanted]
+        self.consume(leaving, "the result of a `scan`")
         return dataclasses.replace(plan, inlined=False)
 
     def read_add(self, values: Sequence[Provenance]) -> Provenance:
@@ -272,10 +279,31 @@ def discover(value_fn: Callable[..., Any], params: Any, *args: Any) -> Discovery
     """
     closed, outputs = jax.make_jaxpr(value_fn, return_shape=True)(params, *args)
     check_value(jax.tree.leaves(outputs)[0], "value_fn")
+    return _read_trace(closed, params, [True] + [False] * (len(closed.jaxpr.outvars) - 1))
+
+
+def discover_outputs(model: Callable[..., Any], params: Any, *args: Any) -> Discovery:
+    """Traces a model and finds the linear layers that any of its outputs depends on.
+
+    Args:
+      model: Maps ``(params, *args)`` to a pytree of arrays.
+      params: The parameters, arrays or abstract ones.
+      *args: Further arguments, such as an abstract batch.
+
+    Returns:
+      The trace and its layers; the results of the jaxpr are the leaves of the outputs.
+    """
+    closed = jax.make_jaxpr(model)(params, *args)
+    return _read_trace(closed, params, [True] * len(closed.jaxpr.outvars))
+
+
+def _read_trace(closed: Any, params: Any, needed: Sequence[bool]) -> Discovery:
+    """Finds the layers of a closed jaxpr whose first arguments are the parameters."""
     leaves = jax.tree.leaves(params)
     values: list[Provenance] = [leaf_value(i, leaf.shape) for i, leaf in enumerate(leaves)]
     values += [None] * (len(closed.jaxpr.invars) - len(leaves))
     reader = _Reader()
-    value_only = [True] + [False] * (len(closed.jaxpr.outvars) - 1)
-    plan, _ = reader.read(closed.jaxpr, values, (), value_only)
+    plan, results = reader.read(closed.jaxpr, values, (), needed)
+    leaving = [value for value, wanted in zip(results, needed, strict=True) if wanted]
+    reader.consume(leaving, "the result")
     return Discovery(closed, plan, reader.found_uses(), dict(reader.consumers))

@@ -11,6 +11,57 @@ import jax.numpy as jnp
 from secondorder.tree import accumulation_dtype
 
 
+def vectors_like(params: chex.ArrayTree) -> chex.ArrayTree:
+    """The shape of the vectors that operators at a point act on.
+
+    Args:
+      params: The point.
+
+    Returns:
+      A pytree of `jax.ShapeDtypeStruct`, float32 or wider.
+
+    Example:
+      >>> vectors_like(jnp.ones(2, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    dtype = accumulation_dtype(params)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+
+
+def narrow(vector: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+    """A vector as a tangent of the parameters.
+
+    Args:
+      vector: A pytree of arrays like the parameters.
+      params: The point.
+
+    Returns:
+      The vector, each leaf in the dtype of its parameter.
+
+    Example:
+      >>> narrow(jnp.ones(2), jnp.ones(2, jnp.bfloat16)).dtype
+      dtype(bfloat16)
+    """
+    return jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
+
+
+def widen(tangent: chex.ArrayTree) -> chex.ArrayTree:
+    """A tangent of the parameters as a vector that operators return.
+
+    Args:
+      tangent: A pytree of arrays like the parameters, in their dtypes.
+
+    Returns:
+      The vector, float32 or wider.
+
+    Example:
+      >>> widen(jnp.ones(2, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    dtype = accumulation_dtype(tangent)
+    return jax.tree.map(lambda t: t.astype(dtype), tangent)
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearOperator:
     r"""A symmetric matrix :math:`A` that acts on pytrees like the parameters.
@@ -23,7 +74,6 @@ class LinearOperator:
       like: A pytree of `jax.ShapeDtypeStruct` like the vectors.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> double = LinearOperator(lambda v: 2 * v, jax.ShapeDtypeStruct((2,), jnp.float32))
       >>> (double + double.damped(1.0)).as_matrix().tolist()
       [[5.0, 0.0], [0.0, 5.0]]
@@ -61,10 +111,20 @@ class LinearOperator:
         )
 
     def scaled(self, factor: chex.Numeric) -> "LinearOperator":
-        """The operator times a number."""
-        return LinearOperator(
-            lambda v: jax.tree.map(lambda a: factor * a, self.product(v)), self.like
-        )
+        r"""The operator times a number, :math:`c A`.
+
+        Args:
+          factor: The number :math:`c`, a scalar.
+
+        Returns:
+          The product.
+        """
+
+        # The number may be wider than the vectors, whose dtype a loop must not change.
+        def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+            return jax.tree.map(lambda a: (factor * a).astype(a.dtype), self.product(vector))
+
+        return LinearOperator(product, self.like)
 
     def damped(self, damping: chex.Numeric) -> "LinearOperator":
         r"""The operator plus a multiple of the identity, :math:`A + \lambda I`.
@@ -75,9 +135,13 @@ class LinearOperator:
         Returns:
           The sum.
         """
-        return LinearOperator(
-            lambda v: jax.tree.map(lambda a, b: a + damping * b, self.product(v), v), self.like
-        )
+
+        def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+            return jax.tree.map(
+                lambda a, v: a + (damping * v).astype(a.dtype), self.product(vector), vector
+            )
+
+        return LinearOperator(product, self.like)
 
     def plus_diagonal(self, diagonal: chex.ArrayTree) -> "LinearOperator":
         """The operator plus a diagonal matrix.
@@ -88,10 +152,13 @@ class LinearOperator:
         Returns:
           The sum.
         """
-        return LinearOperator(
-            lambda v: jax.tree.map(lambda a, d, b: a + d * b, self.product(v), diagonal, v),
-            self.like,
-        )
+
+        def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+            return jax.tree.map(
+                lambda a, d, v: a + (d * v).astype(a.dtype), self.product(vector), diagonal, vector
+            )
+
+        return LinearOperator(product, self.like)
 
     def masked(self, mask: chex.ArrayTree) -> "LinearOperator":
         """The operator on some of the leaves or elements, zero on the others.

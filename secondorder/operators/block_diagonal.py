@@ -1,0 +1,173 @@
+r"""Block-diagonal curvature of any function, by one linearization per block of the parameters.
+
+.. math:: B = \mathrm{diag}(J_1^\top H J_1, \dots, J_L^\top H J_L), \qquad
+    J_b = \partial z / \partial\theta_b
+
+Tangents start at the block and cotangents stop at it, so that for ``L`` layers of equal cost a
+product of all blocks costs ``L + 1`` forward passes instead of ``4 L``. The ``L`` traces of the
+model's forward pass are one and the same, and are computed once when all is in one `jax.jit`.
+
+The other parameters are closed over, so that their tangents are zeros that are never formed. Dense
+zero tangents would cost a product each, and XLA is known to have miscompiled them on CPUs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import chex
+import jax
+
+from secondorder.objective import Objective, value_and_aux
+from secondorder.operators.gauss_newton import LinearizationMode, linearize_model, output_hessian
+from secondorder.operators.linear_operator import LinearOperator, vectors_like
+from secondorder.operators.pieces import over_pieces
+from secondorder.tree import accumulation_dtype
+from secondorder.tree.blocks import Blocks
+
+Part: TypeAlias = list[jax.Array]  # the leaves of one block
+PartProduct: TypeAlias = Callable[[Part], Part]
+
+
+def _restricted(
+    function: Callable[[Any], Any], params: chex.ArrayTree, block: Sequence[int]
+) -> Callable[[Part], Any]:
+    """A function of the parameters as one of a block of them, with the others held."""
+    leaves, structure = jax.tree.flatten(params)
+
+    def of_block(part: Part) -> Any:
+        moved = dict(zip(block, part, strict=True))
+        point = [moved.get(index, leaf) for index, leaf in enumerate(leaves)]
+        return function(jax.tree.unflatten(structure, point))
+
+    return of_block
+
+
+def _assemble(
+    products: Sequence[PartProduct], blocks: Blocks, params: chex.ArrayTree
+) -> LinearOperator:
+    """The operator with the given diagonal blocks."""
+    like = vectors_like(params)
+
+    def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+        leaves, structure = jax.tree.flatten(vector)
+        result = list(leaves)
+        for block, block_product in enumerate(products):
+            indices = blocks.leaves_of(block)
+            part = block_product([leaves[index] for index in indices])
+            for index, leaf in zip(indices, part, strict=True):
+                result[index] = leaf.astype(leaves[index].dtype)
+        return jax.tree.unflatten(structure, result)
+
+    return LinearOperator(product, like)
+
+
+def block_gauss_newton(
+    objective: Any, params: chex.ArrayTree, blocks: Blocks, mode: LinearizationMode = "forward"
+) -> LinearOperator:
+    r"""The block-diagonal part of the generalized Gauss-Newton matrix.
+
+    Works for every model and every partition of its leaves. A block early in the model costs more
+    than a late one, because its tangents pass all that follows; a leaf that stacks the layers of a
+    scan costs as much as a full product.
+
+    Args:
+      objective: The split objective, or `Microbatches` of it.
+      params: The point, a pytree of arrays.
+      blocks: The partition of the leaves of ``params``, of ``L`` blocks.
+      mode: How the model is linearized, as in `gauss_newton`.
+
+    Returns:
+      The operator on vectors like the parameters, float32 or wider. Positive semidefinite if the
+      loss is convex in the outputs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import secondorder as so
+      >>> from secondorder.tree.blocks import label_blocks
+      >>> objective = so.Objective(lambda p: p["a"] + 2 * p["b"], lambda z: jnp.sum(z**2) / 2)
+      >>> params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+      >>> blocks = label_blocks(lambda path: path, params)
+      >>> block_gauss_newton(objective, params, blocks).as_matrix().tolist()
+      [[1.0, 0.0], [0.0, 4.0]]
+
+    Source: Zhang, Xiong, Bradbury, Socher (2017), Block-diagonal Hessian-free optimization for
+    training neural networks, arXiv 1712.07296.
+    """
+    return over_pieces(
+        lambda piece, _: _gauss_newton_of_piece(piece, params, blocks, mode), objective, params
+    )
+
+
+def _gauss_newton_of_piece(
+    objective: Objective[Any], params: chex.ArrayTree, blocks: Blocks, mode: LinearizationMode
+) -> LinearOperator:
+    """The operator of one split objective."""
+    leaves = jax.tree.leaves(params)
+    products, hessian = [], None
+    for block in range(len(blocks)):
+        indices = blocks.leaves_of(block)
+        of_block = Objective(
+            _restricted(objective.model, params, indices), objective.loss, objective.has_aux
+        )
+        at = linearize_model(of_block, [leaves[index] for index in indices], mode)
+        hessian = hessian or output_hessian(objective.loss, at.outputs, mode)
+        products.append(_sandwich(at.forward, hessian, at.backward))
+    return _assemble(products, blocks, params)
+
+
+def _sandwich(
+    forward: Callable[[Part], Any], middle: Callable[[Any], Any], backward: Callable[[Any], Any]
+) -> PartProduct:
+    return lambda part: backward(middle(forward(part)))
+
+
+def block_hessian(
+    value_fn: Callable[[Any], Any], params: chex.ArrayTree, blocks: Blocks
+) -> LinearOperator:
+    r"""The block-diagonal part of the Hessian, :math:`\mathrm{diag}(\nabla^2_{bb} f)`.
+
+    Args:
+      value_fn: Maps the parameters to the scalar value, or to ``(value, aux)``.
+      params: The point, a pytree of arrays.
+      blocks: The partition of the leaves of ``params``, of ``L`` blocks.
+
+    Returns:
+      The operator on vectors like the parameters, float32 or wider; indefinite in general.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from secondorder.tree.blocks import label_blocks
+      >>> params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+      >>> blocks = label_blocks(lambda path: path, params)
+      >>> operator = block_hessian(lambda p: jnp.sum(p["a"] ** 2 * p["b"]), params, blocks)
+      >>> operator.as_matrix().tolist()
+      [[2.0, 0.0], [0.0, 0.0]]
+
+    Source: Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6.
+    """
+    return over_pieces(lambda piece, _: _hessian_of_piece(piece, params, blocks), value_fn, params)
+
+
+def _hessian_of_piece(
+    value_fn: Callable[[Any], Any], params: chex.ArrayTree, blocks: Blocks
+) -> LinearOperator:
+    """The operator of one objective: the gradient of each block, linearized in that block."""
+    leaves, dtype = jax.tree.leaves(params), accumulation_dtype(params)
+    products = []
+    for block in range(len(blocks)):
+        indices = blocks.leaves_of(block)
+        value = _restricted(value_and_aux(value_fn), params, indices)
+        gradient = jax.grad(value, has_aux=True)
+        products.append(_linearized(gradient, [leaves[index] for index in indices], dtype))
+    return _assemble(products, blocks, params)
+
+
+def _linearized(gradient: Callable[[Part], Any], point: Part, dtype: Any) -> PartProduct:
+    """The products with the derivative of a gradient, its aux dropped."""
+    _, tangents = jax.linearize(lambda part: gradient(part)[0], point)
+
+    def product(part: Part) -> Part:
+        moved = [v.astype(p.dtype) for v, p in zip(part, point, strict=True)]
+        return [leaf.astype(dtype) for leaf in tangents(moved)]
+
+    return product

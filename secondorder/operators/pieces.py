@@ -1,0 +1,85 @@
+"""Operators of an objective as a whole, or of `Microbatches`, piece by piece.
+
+The only file of the room that knows that there are two kinds of objectives.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from secondorder.objective import Microbatches
+from secondorder.operators.linear_operator import LinearOperator, vectors_like
+
+
+def over_pieces(
+    make: Callable[[Any, chex.Numeric], LinearOperator], objective: Any, params: chex.ArrayTree
+) -> LinearOperator:
+    """The operator of an objective, or the mean of those of its pieces.
+
+    That of a piece is made anew in every product, so that one piece's linearization is held at a
+    time.
+
+    Args:
+      make: Maps an objective, and the index of its piece, to the operator at the parameters.
+      objective: An objective of any kind.
+      params: The point, a pytree of arrays.
+
+    Returns:
+      The operator.
+
+    Example:
+      >>> like = jax.ShapeDtypeStruct((1,), jnp.float32)
+      >>> operator = over_pieces(
+      ...     lambda scale, _: LinearOperator(lambda v: scale * v, like), 3.0, jnp.ones(1))
+      >>> operator(jnp.ones(1)).tolist()
+      [3.0]
+    """
+    if not isinstance(objective, Microbatches):
+        return make(objective, 0)
+    zeros = zeros_vector(params)
+
+    def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+        return objective.mean(lambda piece, index: make(piece, index)(vector), zeros)
+
+    return LinearOperator(product, vectors_like(params))
+
+
+def mean_over_pieces(
+    measure: Callable[[Any, chex.Numeric], chex.ArrayTree], objective: Any, params: chex.ArrayTree
+) -> chex.ArrayTree:
+    """A vector that is measured of an objective, or its mean over the pieces.
+
+    Args:
+      measure: Maps an objective, and the index of its piece, to a pytree like the vectors.
+      objective: An objective of any kind.
+      params: The point, a pytree of arrays.
+
+    Returns:
+      A pytree like the vectors.
+
+    Example:
+      >>> mean_over_pieces(lambda scale, _: scale * jnp.ones(1), 3.0, jnp.ones(1)).tolist()
+      [3.0]
+    """
+    if not isinstance(objective, Microbatches):
+        return measure(objective, 0)
+    return objective.mean(measure, zeros_vector(params))
+
+
+def zeros_vector(params: chex.ArrayTree) -> chex.ArrayTree:
+    """The zero vector at a point, float32 or wider, sharded as the parameters.
+
+    Args:
+      params: The point, a pytree of arrays.
+
+    Returns:
+      A pytree of zeros.
+
+    Example:
+      >>> zeros_vector(jnp.ones(2, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    return jax.tree.map(lambda p, v: jnp.zeros_like(p, v.dtype), params, vectors_like(params))
