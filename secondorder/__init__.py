@@ -1,37 +1,63 @@
 """Second-order optimizers for JAX as pure-functional optax transformations."""
 
 from secondorder._version import __version__
-from secondorder.control import RadiusRule
+from secondorder.control import DampingRule, RadiusRule
 from secondorder.layers import Layer, Layers, find_layers
 from secondorder.methods import (
+    BlockHessianFreeMetrics,
+    BlockHessianFreeState,
+    GaussNewtonState,
+    HessianFreeMetrics,
+    HessianFreeState,
     KBFGSMetrics,
+    LevenbergMarquardtMetrics,
+    LevenbergMarquardtState,
     LSR1Metrics,
     LSR1State,
     ScaleByKBFGSState,
     ScaleByLSR1Metrics,
     ScaleByLSR1State,
+    block_hessian_free,
+    gauss_newton,
+    hessian_free,
     kbfgs,
+    levenberg_marquardt,
     lsr1,
     scale_by_kbfgs,
     scale_by_lsr1,
+    stochastic_hessian_free,
 )
-from secondorder.objective import Objective
+from secondorder.objective import Microbatches, Objective
 
 __all__ = [
+    "BlockHessianFreeMetrics",
+    "BlockHessianFreeState",
+    "DampingRule",
+    "GaussNewtonState",
+    "HessianFreeMetrics",
+    "HessianFreeState",
     "KBFGSMetrics",
     "LSR1Metrics",
     "LSR1State",
     "Layer",
     "Layers",
+    "LevenbergMarquardtMetrics",
+    "LevenbergMarquardtState",
+    "Microbatches",
     "Objective",
     "RadiusRule",
     "ScaleByKBFGSState",
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
     "__version__",
+    "block_hessian_free",
     "find_layers",
+    "gauss_newton",
+    "hessian_free",
     "kbfgs",
+    "levenberg_marquardt",
     "lsr1",
     "scale_by_kbfgs",
     "scale_by_lsr1",
+    "stochastic_hessian_free",
 ]

@@ -1,19 +1,48 @@
 """The optimizers, one file per method."""
 
+from secondorder.methods.block_hessian_free import (
+    BlockHessianFreeMetrics,
+    BlockHessianFreeState,
+    block_hessian_free,
+)
+from secondorder.methods.gauss_newton import GaussNewtonState, gauss_newton
+from secondorder.methods.hessian_free import (
+    HessianFreeState,
+    hessian_free,
+    stochastic_hessian_free,
+)
+from secondorder.methods.hessian_free_model import HessianFreeMetrics
 from secondorder.methods.kbfgs import ScaleByKBFGSState, kbfgs, scale_by_kbfgs
 from secondorder.methods.kbfgs_update import KBFGSMetrics
+from secondorder.methods.levenberg_marquardt import (
+    LevenbergMarquardtMetrics,
+    LevenbergMarquardtState,
+    levenberg_marquardt,
+)
 from secondorder.methods.lsr1 import LSR1Metrics, LSR1State, lsr1
 from secondorder.methods.lsr1_direction import ScaleByLSR1Metrics, ScaleByLSR1State, scale_by_lsr1
 
 __all__ = [
+    "BlockHessianFreeMetrics",
+    "BlockHessianFreeState",
+    "GaussNewtonState",
+    "HessianFreeMetrics",
+    "HessianFreeState",
     "KBFGSMetrics",
     "LSR1Metrics",
     "LSR1State",
+    "LevenbergMarquardtMetrics",
+    "LevenbergMarquardtState",
     "ScaleByKBFGSState",
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
+    "block_hessian_free",
+    "gauss_newton",
+    "hessian_free",
     "kbfgs",
+    "levenberg_marquardt",
     "lsr1",
     "scale_by_kbfgs",
     "scale_by_lsr1",
+    "stochastic_hessian_free",
 ]

@@ -46,6 +46,23 @@ def lsr1(name: str, **settings: Any) -> Entry:
     return Entry(name, so.lsr1, LSR1 | settings, (), LSR1_STATIC, False, terminal=True)
 
 
+HF_STATIC = ("max_iterations", "max_trials", "preconditioner_probes", "backtracking")
+
+
+def hessian_free(factory: Callable[..., Any], *static: str, **settings: Any) -> Entry:
+    """An entry of a method of the Hessian-free family, which tries its steps."""
+    return Entry(factory.__name__, factory, settings, (), static, False, terminal=True)
+
+
+LM = {"damping": 0.1, "full_batch": True}
+LM_STATIC = ("relative", "max_iterations", "blocks", "full_batch", "diagonal_probes")
+
+
+def lm(name: str, **settings: Any) -> Entry:
+    """An entry of Levenberg-Marquardt."""
+    return Entry(name, so.levenberg_marquardt, LM | settings, (), LM_STATIC, False, terminal=True)
+
+
 REGISTRY = [
     Entry("kbfgs", so.kbfgs, {}, (LAYERS,), KBFGS_STATIC),
     Entry("kbfgs-l", so.kbfgs, {"memory_size": 2}, (LAYERS,), KBFGS_STATIC),
@@ -68,5 +85,29 @@ REGISTRY = [
         diagonal_decay=0.9,
         momentum=0.1,
         weight_decay=1e-3,
+    ),
+    hessian_free(
+        so.hessian_free, *HF_STATIC, "seed", max_iterations=6, preconditioner="empirical_fisher"
+    ),
+    hessian_free(so.stochastic_hessian_free, "max_iterations", "backtracking", "seed"),
+    hessian_free(
+        so.block_hessian_free,
+        "max_iterations",
+        "max_trials",
+        "relative_damping",
+        "seed",
+        step="armijo",
+        warm_start=0.5,
+        max_iterations=4,
+    ),
+    hessian_free(so.gauss_newton, "max_iterations", "max_trials", damping=0.1, momentum=0.5),
+    lm("levenberg_marquardt"),
+    lm("levenberg_marquardt-cg", solver="conjugate_gradient"),
+    lm(
+        "levenberg_marquardt-blocks",
+        blocks=lambda path: path,
+        scaling="running_diagonal",
+        weight_decay=1e-3,
+        uphill=1.0,
     ),
 ]

@@ -1,0 +1,171 @@
+"""What methods share that try their step themselves: the point, the trial, the end of an update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from secondorder import tree as vectors
+from secondorder.checks import is_zero
+from secondorder.objective import (
+    all_finite,
+    check_params,
+    check_value_fn,
+    value_and_aux,
+    value_and_grad,
+)
+from secondorder.sharding import shard_like
+
+State = TypeVar("State")
+
+
+class Point(NamedTuple):
+    """Where an update starts.
+
+    Attributes:
+      params: The parameters.
+      value: The objective there, with weight decay, float32 or wider.
+      gradient: Its gradient, likewise; zero if the batch is not finite.
+      usable: Whether value and gradient are finite.
+    """
+
+    params: chex.ArrayTree
+    value: jax.Array
+    gradient: chex.ArrayTree
+    usable: jax.Array
+
+
+def look(
+    method: str,
+    value_fn: Any,
+    params: chex.ArrayTree | None,
+    value: jax.Array | None,
+    grad: chex.ArrayTree | None,
+    weight_decay: chex.Numeric,
+) -> Point:
+    """Checks the arguments of an update, and completes what the caller did not give.
+
+    Args:
+      method: Name of the method, for messages.
+      value_fn: The objective, as ``update`` received it.
+      params: The parameters, likewise.
+      value: The value there, or None to compute it.
+      grad: The gradient there, or None to compute it.
+      weight_decay: Coefficient of ``|params|^2 / 2`` in the objective.
+
+    Returns:
+      The point.
+
+    Raises:
+      ValueError: If ``params`` or ``value_fn`` is missing.
+      TypeError: If ``value_fn`` is not callable, or its value not a real scalar.
+    """
+    check_params(params, method)
+    check_value_fn(value_fn, method)
+    if grad is None:
+        value, grad = value_and_grad(value_fn, params)
+    elif value is None:
+        value = value_and_aux(value_fn)(params)[0]
+    assert value is not None
+    dtype = vectors.accumulation_dtype(params)
+    gradient = jax.tree.map(lambda g, p: shard_like(g.astype(dtype), p), grad, params)
+    if not is_zero(weight_decay):
+        gradient = jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), gradient, params)
+    value = value.astype(dtype) + decay_term(params, weight_decay)
+    usable = all_finite((value, gradient))
+    gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
+    return Point(params, value, gradient, usable)
+
+
+def decay_term(params: chex.ArrayTree, weight_decay: chex.Numeric) -> jax.Array:
+    r"""The term :math:`\tau |\theta|^2 / 2` of an objective.
+
+    Args:
+      params: The parameters.
+      weight_decay: :math:`\tau \ge 0`.
+
+    Returns:
+      A scalar, float32 or wider.
+    """
+    if is_zero(weight_decay):
+        return jnp.zeros((), vectors.accumulation_dtype(params))
+    return 0.5 * weight_decay * vectors.inner(params, params)
+
+
+def decayed_value(
+    value_fn: Callable[[Any], Any], params: chex.ArrayTree, weight_decay: chex.Numeric
+) -> jax.Array:
+    """The objective with weight decay; aux is dropped.
+
+    Args:
+      value_fn: Maps parameters to ``value`` or ``(value, aux)``.
+      params: The parameters.
+      weight_decay: Coefficient of ``|params|^2 / 2``.
+
+    Returns:
+      A scalar, float32 or wider.
+    """
+    value = value_and_aux(value_fn)(params)[0].astype(vectors.accumulation_dtype(params))
+    return value + decay_term(params, weight_decay)
+
+
+def scaled_step(
+    params: chex.ArrayTree, direction: chex.ArrayTree, rate: chex.Numeric
+) -> chex.ArrayTree:
+    """A step of the dtype of the parameters; exactly zero where the rate is.
+
+    Args:
+      params: The parameters.
+      direction: A pytree like them.
+      rate: A scalar.
+
+    Returns:
+      ``rate * direction``.
+    """
+    return jax.tree.map(
+        lambda p, d: jnp.where(rate == 0, 0, rate * d).astype(p.dtype), params, direction
+    )
+
+
+def trial_value(
+    value_fn: Callable[[Any], Any],
+    params: chex.ArrayTree,
+    direction: chex.ArrayTree,
+    rate: chex.Numeric,
+    weight_decay: chex.Numeric,
+) -> jax.Array:
+    """The objective after a step, rounded as the parameters are.
+
+    Args:
+      value_fn: The objective.
+      params: The parameters.
+      direction: A pytree like them.
+      rate: A scalar.
+      weight_decay: Coefficient of ``|params|^2 / 2``.
+
+    Returns:
+      A scalar, float32 or wider.
+    """
+    trial = optax.apply_updates(params, scaled_step(params, direction, rate))
+    return decayed_value(value_fn, trial, weight_decay)
+
+
+def keep_unless(usable: jax.Array, new: State, old: State) -> State:
+    """The new state; or the old one with one more batch counted, if the batch was not finite.
+
+    Args:
+      usable: Whether the batch was finite, a boolean scalar.
+      new: The state after the step, with ``metrics``.
+      old: The state before it.
+
+    Returns:
+      One of the two, in the dtypes of the old one.
+    """
+    metrics: Any = old.metrics  # type: ignore[attr-defined]
+    counted = metrics._replace(nonfinite_steps=metrics.nonfinite_steps + 1)
+    unchanged = old._replace(metrics=counted)  # type: ignore[attr-defined]
+    # Hyperparameters and values may be wider than the state, which keeps its dtypes.
+    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, unchanged)
