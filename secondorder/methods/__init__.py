@@ -21,6 +21,12 @@ from secondorder.methods.levenberg_marquardt import (
 )
 from secondorder.methods.lsr1 import LSR1Metrics, LSR1State, lsr1
 from secondorder.methods.lsr1_direction import ScaleByLSR1Metrics, ScaleByLSR1State, scale_by_lsr1
+from secondorder.methods.positive_curvature import (
+    PositiveCurvatureMetrics,
+    ScaleByPositiveCurvatureState,
+    positive_curvature_hessian,
+    scale_by_positive_curvature,
+)
 
 __all__ = [
     "BlockHessianFreeMetrics",
@@ -33,16 +39,20 @@ __all__ = [
     "LSR1State",
     "LevenbergMarquardtMetrics",
     "LevenbergMarquardtState",
+    "PositiveCurvatureMetrics",
     "ScaleByKBFGSState",
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
+    "ScaleByPositiveCurvatureState",
     "block_hessian_free",
     "gauss_newton",
     "hessian_free",
     "kbfgs",
     "levenberg_marquardt",
     "lsr1",
+    "positive_curvature_hessian",
     "scale_by_kbfgs",
     "scale_by_lsr1",
+    "scale_by_positive_curvature",
     "stochastic_hessian_free",
 ]

@@ -12,7 +12,6 @@ References:
   arXiv 2102.06737 ("the paper of 2021").
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -38,12 +37,17 @@ from secondorder.methods.kbfgs_factors import (
     precondition,
 )
 from secondorder.methods.kbfgs_update import KBFGSMetrics, count_pairs, refresh, unchanged
+from secondorder.methods.layerwise import (
+    WeightDecayForm,
+    check_layers,
+    merge_directions,
+    on_unassigned,
+    with_settings_of,
+)
 from secondorder.objective import all_finite, check_params, check_value_fn
-from secondorder.sharding import shard_like
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
 RefreshOrder: TypeAlias = Literal["before", "after"]
-WeightDecayForm: TypeAlias = Literal["l2", "decoupled"]
 
 
 class ScaleByKBFGSState(NamedTuple):
@@ -172,9 +176,9 @@ def scale_by_kbfgs(
         damping_split=damping_split,
     )
     _check_hyperparameters(settings, momentum, momentum_form, update_every, refresh_order)
-    _check_layers(layers, strict)
+    check_layers(layers, strict)
     layout = arrange_layers(layers.layers)
-    others = _on_unassigned(fallback, layers)
+    others = on_unassigned(fallback, layers)
 
     def init(params: chex.ArrayTree) -> ScaleByKBFGSState:
         check_params(params, "scale_by_kbfgs")
@@ -252,7 +256,7 @@ def scale_by_kbfgs(
             rest, fallback_state = others.update(updates, state.fallback, params, **extra_args)
             fallback_state = optax.tree_utils.tree_where(moves, fallback_state, state.fallback)
             new_state = new_state._replace(fallback=fallback_state)
-        direction = _merge(direction, rest, params)
+        direction = merge_directions(direction, rest, params)
         return optax.tree_utils.tree_where(
             moves, direction, jax.tree.map(jnp.zeros_like, direction)
         ), new_state
@@ -353,35 +357,6 @@ def _direction(
     return direction
 
 
-def _merge(
-    direction: dict[int, jax.Array], rest: chex.ArrayTree, params: chex.ArrayTree
-) -> chex.ArrayTree:
-    """Joins the directions of layers and of the rest, typed and sharded like the parameters."""
-    leaves, structure = jax.tree.flatten(params)
-    merged = [
-        shard_like(direction.get(i, other).astype(leaf.dtype), leaf)
-        for i, (leaf, other) in enumerate(zip(leaves, jax.tree.leaves(rest), strict=True))
-    ]
-    return jax.tree.unflatten(structure, merged)
-
-
-def _on_unassigned(
-    fallback: optax.GradientTransformation | None, layers: Layers
-) -> optax.GradientTransformationExtraArgs:
-    """The fallback on the parameters in no layer; other updates pass through it."""
-    if fallback is None:
-        return optax.with_extra_args_support(optax.identity())
-    unassigned = {leaf for leaf, _ in layers.unassigned}
-
-    def mask(tree: chex.ArrayTree) -> chex.ArrayTree:
-        structure = jax.tree.structure(tree)
-        return jax.tree.unflatten(
-            structure, [i in unassigned for i in range(len(jax.tree.leaves(tree)))]
-        )
-
-    return optax.with_extra_args_support(optax.masked(fallback, mask))
-
-
 def _check_hyperparameters(
     settings: Settings, momentum: Any, momentum_form: str, update_every: Any, refresh_order: str
 ) -> None:
@@ -405,30 +380,7 @@ def _check_hyperparameters(
         check_range("damping (with pair_damping='powell_identity')", settings.damping, high=1)
 
 
-def _check_layers(layers: Layers, strict: bool) -> None:
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"`layers` must come from so.find_layers(objective, params), got {type(layers)}."
-        )
-    if strict and layers.unassigned:
-        raise ValueError(
-            "strict=True, but these parameters are in no layer:\n  "
-            + "\n  ".join(f"{layers.leaves[i].path}: {reason}" for i, reason in layers.unassigned)
-        )
-
-
-def _shows_settings(alias: Callable[..., Any]) -> Callable[..., Any]:
-    """Puts the hyperparameters of `scale_by_kbfgs` into the signature of an alias with `**`.
-
-    `optax.inject_hyperparams` reads there which hyperparameters a factory has.
-    """
-    own = list(inspect.signature(alias).parameters.values())[:-1]
-    more = list(inspect.signature(scale_by_kbfgs).parameters.values())[1:]
-    alias.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
-    return alias
-
-
-@_shows_settings
+@with_settings_of(scale_by_kbfgs)
 def kbfgs(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,

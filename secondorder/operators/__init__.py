@@ -6,6 +6,8 @@
 * `hessian`: the Hessian of any objective.
 * `output_factor`: square roots of the Hessian of the loss, case by case.
 * `fisher`: sampled and empirical Fisher matrices; estimates of diagonals.
+* `positive_curvature`: the positive-curvature Hessian of a chain of dense layers.
+* `expectation`: the same, with products of expectations for expectations of products.
 * `block_diagonal`: block-diagonal parts of any model, linearized once per block.
 * `factored`: the Gauss-Newton matrix of a model of linear layers by its factors; any blocks.
 * `dual`: exact solves with these factors, in the space of the outputs.
@@ -20,6 +22,14 @@ from secondorder.operators.engine import (
     EngineChoice,
     EngineCosts,
     choose_engine,
+)
+from secondorder.operators.expectation import (
+    LayerCurvature,
+    Moment,
+    expected_curvature,
+    expected_operator,
+    layer_leaves,
+    solve_expected,
 )
 from secondorder.operators.factored import (
     Columns,
@@ -43,6 +53,11 @@ from secondorder.operators.hessian import hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.operators.output_factor import apply_factor, output_factor
 from secondorder.operators.pieces import mean_over_pieces, over_pieces
+from secondorder.operators.positive_curvature import (
+    block_positive_curvature,
+    positive_curvature,
+    positive_curvature_objective,
+)
 
 __all__ = [
     "ENGINES",
@@ -51,26 +66,35 @@ __all__ = [
     "EngineChoice",
     "EngineCosts",
     "GaussNewtonFactors",
+    "LayerCurvature",
     "LinearOperator",
     "Linearization",
+    "Moment",
     "apply_factor",
     "block_gauss_newton",
     "block_hessian",
+    "block_positive_curvature",
     "choose_engine",
     "dual_gram",
     "dual_solve",
     "empirical_fisher",
     "empirical_fisher_diagonal",
+    "expected_curvature",
+    "expected_operator",
     "factor_gauss_newton",
     "fisher",
     "gauss_newton",
     "gauss_newton_diagonal",
     "hessian",
+    "layer_leaves",
     "linearize_model",
     "mean_over_pieces",
     "output_factor",
     "output_hessian",
     "over_pieces",
+    "positive_curvature",
+    "positive_curvature_objective",
+    "solve_expected",
     "vectors_like",
     "why_not_factored",
 ]

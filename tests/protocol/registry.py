@@ -24,6 +24,7 @@ class Entry:
       static: Structural hyperparameters, which `optax.inject_hyperparams` must not trace.
       learning_rate: Whether the factory takes one; otherwise it only gives a direction.
       terminal: Whether it gives the step itself, which it has tried; no learning rate follows.
+      remembers: Whether its state holds vectors like the parameters, and is not counters alone.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Entry:
     static: tuple[str, ...] = ()
     learning_rate: bool = True
     terminal: bool = False
+    remembers: bool = True
 
 
 KBFGS_STATIC = ("update_every", "memory_size")
@@ -62,6 +64,8 @@ def lm(name: str, **settings: Any) -> Entry:
     """An entry of Levenberg-Marquardt."""
     return Entry(name, so.levenberg_marquardt, LM | settings, (), LM_STATIC, False, terminal=True)
 
+
+PCH_STATIC = ("max_iterations",)
 
 REGISTRY = [
     Entry("kbfgs", so.kbfgs, {}, (LAYERS,), KBFGS_STATIC),
@@ -109,5 +113,30 @@ REGISTRY = [
         scaling="running_diagonal",
         weight_decay=1e-3,
         uphill=1.0,
+    ),
+    Entry(
+        "pch",
+        so.positive_curvature_hessian,
+        {"input_moment": "full"},
+        (LAYERS,),
+        PCH_STATIC,
+        remembers=False,
+    ),
+    Entry(
+        "pch-cg",
+        so.positive_curvature_hessian,
+        {"solver": "conjugate_gradient", "weight_decay": 1e-3, "mixing": 0.3},
+        (LAYERS,),
+        PCH_STATIC,
+        remembers=False,
+    ),
+    Entry(
+        "scale_by_pch",
+        so.scale_by_positive_curvature,
+        {"expectation": "exact", "mixing": 0.1},
+        (LAYERS,),
+        PCH_STATIC,
+        False,
+        remembers=False,
     ),
 ]

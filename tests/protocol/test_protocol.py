@@ -190,7 +190,7 @@ def test_map_params_finds_the_parameters_in_the_state(reference):
     shapes = []
     map_params(reference.tx, lambda leaf: shapes.append(leaf.shape), reference.state)
     per_copy = len(jax.tree.leaves(reference.params))
-    assert shapes
+    assert bool(shapes) == reference.entry.remembers
     assert len(shapes) % per_copy == 0
     own = {leaf.shape for leaf in jax.tree.leaves(reference.params)}
     stacks = {shape[1:] for shape in shapes if shape not in own}  # of several of their vectors
