@@ -11,10 +11,23 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     """Adds ``--problem`` and the options that change its size."""
     parser.add_argument("--problem", required=True, choices=sorted(PROBLEMS), metavar="P")
     parser.add_argument("--batch-size", type=int, metavar="B", help="default: the problem's own")
+    parser.add_argument(
+        "--curvature-batch-size",
+        type=int,
+        metavar="N",
+        help="samples for the curvature: a part of the batch, or more; default: left to the method",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
     add_data_dir(parser)
     parser.add_argument("--train-size", type=int, metavar="N", help="use N training samples")
     parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
+
+
+def add_record_every(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--record-every``."""
+    parser.add_argument(
+        "--record-every", type=int, metavar="N", help="record every N steps; default: every epoch"
+    )
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,18 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
-from benchmarks import cost, demo, deterministic, saddles, sensitivity, train, tune
+from benchmarks import (
+    compare,
+    cost,
+    demo,
+    deterministic,
+    products,
+    regression,
+    saddles,
+    sensitivity,
+    train,
+    tune,
+)
 from benchmarks.data import DataError
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
@@ -15,9 +26,12 @@ _COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "tune": tune,
     "sensitivity": sensitivity,
+    "compare": compare,
     "cost": cost,
+    "products": products,
     "deterministic": deterministic,
     "saddles": saddles,
+    "regression": regression,
     "demo": demo,
 }
 
@@ -63,6 +77,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _catalogue() -> str:
     """The problems and methods with their descriptions."""
-    problems = [f"  {name:20} {problem.description}" for name, problem in PROBLEMS.items()]
-    methods = [f"  {name:20} {method.description}" for name, method in METHODS.items()]
+    problems = [f"  {name:24} {problem.description}" for name, problem in PROBLEMS.items()]
+    methods = [f"  {name:24} {method.description}" for name, method in METHODS.items()]
     return "\n".join(["problems:", *problems, "", "methods:", *methods])

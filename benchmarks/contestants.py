@@ -12,6 +12,7 @@ from benchmarks.methods import Method
 from benchmarks.problems import Batch, Params, Problem
 from benchmarks.settings import Settings
 from benchmarks.steps import (
+    BatchSizes,
     CompiledStep,
     IndexArray,
     build_optimizer,
@@ -33,16 +34,23 @@ class Setup:
         data: Its training samples on the device.
         params: Initial parameters.
         batch_size: Samples per step.
+        curvature_batch_size: Samples for the curvature, or None.
     """
 
     problem: Problem
     data: Batch
     params: Params
     batch_size: int
+    curvature_batch_size: int | None = None
 
-    def batches(self) -> Iterator[IndexArray]:
-        """Indices of one batch after another, without end."""
-        for order in epoch_orders(len(self.data.inputs), self.batch_size, seed=0):
+    @property
+    def sizes(self) -> BatchSizes:
+        """Samples of a step, for gradient and curvature."""
+        return BatchSizes(self.batch_size, self.curvature_batch_size)
+
+    def batches(self, width: int | None = None) -> Iterator[IndexArray]:
+        """Indices of one batch after another, without end; more of them for a ``width``."""
+        for order in epoch_orders(len(self.data.inputs), self.batch_size, seed=0, width=width):
             yield from order
 
 
@@ -114,8 +122,8 @@ class MethodContestant:
         )
         self.setup_seconds = time.perf_counter() - start
         self._setup = setup
-        self._batches = setup.batches()
-        self._function = training_step(setup.problem, optimizer)
+        self._batches = setup.batches(setup.sizes.width)
+        self._function = training_step(setup.problem, optimizer, method, self.settings, setup.sizes)
         self._state = initial_state(optimizer, setup.params)
         self._step: CompiledStep | None = None
 

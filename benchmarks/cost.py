@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.repeats < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise SettingError("--repeats and --batch-size must be at least 1.")
+    counts = (args.repeats, args.batch_size, args.curvature_batch_size)
+    if any(count is not None and count < 1 for count in counts):
+        raise SettingError("--repeats and batch sizes must be at least 1.")
     # A cache on disk would make the compile times those of reading it.
     jax.config.update("jax_enable_compilation_cache", False)  # type: ignore[no-untyped-call]
     variants = [_variant(args, text) for text in args.methods.split(",")]
@@ -87,6 +88,7 @@ def _setup(args: argparse.Namespace) -> Setup:
         data=Batch.put(load_data(problem, args).train),
         params=jax.jit(problem.init)(jax.random.key(args.seed)),
         batch_size=args.batch_size or problem.batch_size,
+        curvature_batch_size=args.curvature_batch_size,
     )
 
 
@@ -158,6 +160,7 @@ def _record(
         "label": contestant.label,
         "settings": contestant.settings,
         "batch_size": setup.batch_size,
+        "curvature_batch_size": setup.curvature_batch_size,
         "step_over_gradient": float(np.median(ratios[:, 0])),
         "step_over_adam": float(np.median(ratios[:, 1])),
         "step_over_gradient_quartiles": np.quantile(ratios[:, 0], [0.25, 0.75]).tolist(),

@@ -18,7 +18,8 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: Mean loss including the L2 term.
-        accuracy: Share of right classes, None for problems without classes.
+        accuracy: Share of right classes, at all positions of sequences; None for problems without
+            classes.
     """
 
     loss: float
@@ -53,7 +54,7 @@ class Evaluator:
             self._sums(params, data, start, size=min(_CHUNK, samples - start)) for start in starts
         ]
         loss, correct = (float(sum(column)) for column in zip(*chunks, strict=True))
-        accuracy = correct / samples if self._problem.is_classifier else None
+        accuracy = correct / data.targets.size if self._problem.is_classifier else None
         return Metrics(loss / samples + float(self._penalty(params)), accuracy)
 
 

@@ -1,12 +1,62 @@
-"""How many gradients an update evaluated beyond the one that it was given."""
+"""How many gradients an update evaluated beyond the one that it was given.
+
+The unit is the gradient of one batch. A forward pass is a third of a gradient, and a product with
+the Gauss-Newton matrix, once it is linearized, four thirds.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.blocks import block_labels
+from secondorder.objective import Objective
+from secondorder.operators import choose_engine
+from secondorder.tree.blocks import label_blocks
+
 # `optax.ZoomLinesearchInfo` keeps the number of steps of the last line search under this name. Each
 # of them evaluates the value and the gradient once.
 _LINESEARCH_STEPS = "num_linesearch_steps"
+_FORWARD, _BACKWARD, _PRODUCT = 1 / 3, 2 / 3, 4 / 3
+
+
+class Site(NamedTuple):
+    """Where an update was done.
+
+    Attributes:
+        settings: All settings of the method.
+        objective: The objective for the curvature.
+        params: The parameters.
+    """
+
+    settings: Mapping[str, Any]
+    objective: Objective[Any]
+    params: Any
+
+
+class Work(NamedTuple):
+    """What the last update evaluated, in gradients of the batches that it was done on.
+
+    Attributes:
+        batch: On the batch of the gradient.
+        curvature: On the curvature batch, which is the same if there is no other.
+    """
+
+    batch: jax.Array | float = 0.0
+    curvature: jax.Array | float = 0.0
+
+    def in_gradients(self, curvature_share: float) -> jax.Array:
+        """The sum in gradients of one batch.
+
+        Args:
+            curvature_share: Samples of a curvature batch per sample of a batch.
+
+        Returns:
+            A float32 scalar.
+        """
+        return jnp.asarray(self.batch + curvature_share * self.curvature, jnp.float32)
 
 
 def linesearch_gradients(state: optax.OptState) -> jax.Array:
@@ -18,8 +68,99 @@ def linesearch_gradients(state: optax.OptState) -> jax.Array:
     Returns:
         A 32-bit integer, 0 where the optimizer has no line search.
     """
-    found = optax.tree_utils.tree_get_all_with_path(state, _LINESEARCH_STEPS)
-    return sum((jnp.asarray(steps, jnp.int32) for _, steps in found), jnp.zeros((), jnp.int32))
+    return reported_count(state, _LINESEARCH_STEPS)
+
+
+def reported_count(state: optax.OptState, name: str) -> jax.Array:
+    """The sum of the integers of a name in a state, 0 where there are none."""
+    counts = [jnp.sum(count) for count in _reported(state, name)]
+    return sum(counts, jnp.zeros((), jnp.int32))
+
+
+def linesearch_work(state: optax.OptState, site: Site) -> Work:
+    """The work of optax's line search, none without one."""
+    del site
+    return Work(batch=linesearch_gradients(state))
+
+
+def hessian_free_work(
+    state: optax.OptState,
+    site: Site,
+    *,
+    counted: str = "iterations",
+    product: float = _PRODUCT,
+    evaluation: float = _FORWARD,
+    trials: int = 0,
+) -> Work:
+    """The work of a method that solves by products and tries its step, from its metrics.
+
+    It is made of the products, the linearization before them, the probes of a preconditioner, and
+    the ``evaluations`` of the objective. Exact solves are not counted.
+
+    Args:
+        state: The state of an optimizer after the update.
+        site: Where the update was done.
+        counted: The metric to take as the number of products, where there are no ``products``.
+        product: Gradients that a product costs.
+        evaluation: Gradients that an evaluation costs.
+        trials: Evaluations in every step that are not in the metrics.
+
+    Returns:
+        The work.
+    """
+    settings = site.settings
+    probes = settings.get("preconditioner_probes", 0) if settings.get("preconditioner") else 0
+    return Work(
+        batch=evaluation * (reported_count(state, "evaluations") + trials),
+        curvature=_FORWARD + _BACKWARD * probes + product * _products(state, settings, counted),
+    )
+
+
+def block_hessian_free_work(state: optax.OptState, site: Site) -> Work:
+    """The work of `block_hessian_free`, by the package's own prediction for the engine it took.
+
+    The prediction is a number of forward passes for the setup and one for a product of all blocks.
+    The length of the step takes one more product, with the whole matrix.
+    """
+    blocks = label_blocks(block_labels(site.settings.get("blocks"), site.params), site.params)
+    once, twice = (
+        jnp.stack(choose_engine(site.objective, site.params, blocks, iterations=count).costs)
+        for count in (1, 2)
+    )
+    engine = reported_count(state, "engine")
+    product, setup = (twice - once)[engine], (2 * once - twice)[engine]
+    passes = setup + product * reported_count(state, "products")
+    whole = _PRODUCT if site.settings.get("step") == "optimal" else 0.0
+    return Work(
+        batch=_FORWARD * reported_count(state, "evaluations"),
+        curvature=_FORWARD * passes + whole,
+    )
+
+
+def levenberg_marquardt_work(state: optax.OptState, site: Site) -> Work:
+    """The work of trial steps: one value each, or also its gradient where it is kept."""
+    evaluation = 1.0 if site.settings.get("full_batch") else _FORWARD
+    return hessian_free_work(state, site, evaluation=evaluation, trials=1)
+
+
+def layer_statistics_work(state: optax.OptState, site: Site) -> Work:
+    """The work of a method whose products do not depend on the batch, but statistics of it do."""
+    return Work(batch=hessian_free_work(state, site).batch, curvature=1.0)
+
+
+def _products(state: optax.OptState, settings: Mapping[str, Any], counted: str) -> jax.Array:
+    """Products in the last update, that of a warm start included."""
+    if _reported(state, "products"):
+        return reported_count(state, "products")
+    most = [jnp.max(count) for count in _reported(state, counted)]
+    started = settings.get("warm_start") is not None
+    return sum(most, jnp.zeros((), jnp.int32)) + started
+
+
+def _reported(state: optax.OptState, name: str) -> list[jax.Array]:
+    """The integers of a name in the state."""
+    found = optax.tree_utils.tree_get_all_with_path(state, name)
+    return [jnp.asarray(number, jnp.int32) for _, number in found if number is not None]
 
 
 def stores_gradient(state: optax.OptState) -> bool:

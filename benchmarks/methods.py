@@ -5,17 +5,26 @@ A method is one entry of `METHODS`. Its settings are the arguments of its factor
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
-import jax
-import jax.numpy as jnp
 import optax
 
 import secondorder as so
+from benchmarks import baselines
+from benchmarks.blocks import block_labels
+from benchmarks.evaluations import (
+    Site,
+    Work,
+    block_hessian_free_work,
+    hessian_free_work,
+    layer_statistics_work,
+    levenberg_marquardt_work,
+    linesearch_work,
+)
 from benchmarks.problems import Params, Problem
 from benchmarks.settings import SettingError, Settings, check_keys
 from secondorder.objective import Objective
@@ -52,9 +61,9 @@ class Method:
         defaults: Settings for every problem, over the factory's own defaults.
         by_problem: Settings for one problem, over ``defaults``.
         is_second_order: Whether the demo shows it as a method of this package.
-        needs_layers: Whether the factory takes ``layers``, as Kronecker methods do.
         extra_gradients: Gradients that an update evaluates itself wherever the cost of a step
-            repeats, beside those of a line search, which its state counts.
+            repeats, beside what its state counts.
+        work: What the last update evaluated beside those, from the state that it returned.
     """
 
     name: str
@@ -64,8 +73,8 @@ class Method:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     by_problem: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     is_second_order: bool = False
-    needs_layers: bool = False
     extra_gradients: int = 0
+    work: Callable[[optax.OptState, Site], Work] = linesearch_work
 
     def is_available(self) -> bool:
         """Whether this version of the package has the method."""
@@ -101,12 +110,19 @@ class Method:
 
     def period(self, settings: Mapping[str, Any]) -> int:
         """Steps after which the cost of a step repeats: ``update_every``, 1 without it."""
-        parameter = self._parameters().get("update_every")
-        default = 1 if parameter is None else parameter.default
-        return int(settings.get("update_every", default))
+        return int(self.complete(settings).get("update_every", 1))
+
+    def complete(self, settings: Mapping[str, Any]) -> Settings:
+        """The settings, and the factory's defaults of all others."""
+        defaults = {
+            name: parameter.default
+            for name, parameter in self._parameters().items()
+            if parameter.default is not parameter.empty
+        }
+        return {**defaults, **settings}
 
     def gradients(self, settings: Mapping[str, Any], steps: int) -> int:
-        """Gradients of one batch that so many steps evaluate, without those of line searches.
+        """Gradients of one batch that so many steps evaluate, without what the state counts.
 
         Each step evaluates one, and each refresh ``extra_gradients`` more: the first step
         refreshes, and so does every one that comes a `period` later.
@@ -114,9 +130,15 @@ class Method:
         return steps + self.extra_gradients * -(-steps // self.period(settings))
 
     def build(self, context: Context, settings: Settings) -> optax.GradientTransformationExtraArgs:
-        """Makes the transform, in the one interface of this package and of optax."""
+        """Makes the transform, in the one interface of this package and of optax.
+
+        A factory that takes ``layers`` is given those of the model; a setting ``blocks`` is the
+        name of a partition of its parameters, see `benchmarks.blocks.block_labels`.
+        """
         arguments = dict(settings)
-        if self.needs_layers:
+        if "blocks" in arguments:
+            arguments["blocks"] = block_labels(arguments["blocks"], context.params)
+        if "layers" in self._arguments():
             find_layers = of_package("find_layers")
             arguments["layers"] = find_layers(context.objective, context.params)
         try:
@@ -125,94 +147,32 @@ class Method:
             raise SettingError(f"{self.name}: {error}") from error
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        functions = [self.factory()]
-        if self.forwards_to is not None:
-            functions.append(self.forwards_to())
-        parameters = [inspect.signature(function).parameters.values() for function in functions]
+        """The arguments that are settings."""
         return {
-            parameter.name: parameter
-            for parameter in itertools.chain(*parameters)
-            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "layers"
+            name: parameter
+            for name, parameter in self._arguments().items()
+            if parameter.kind is not parameter.VAR_KEYWORD and name != "layers"
         }
 
-
-def sgd(
-    learning_rate: float, momentum: float = 0.9, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
-    """Gradient descent along an exponential moving average of the gradients.
-
-    This is the papers' form, ``m <- momentum m + (1 - momentum) g`` without bias correction. The
-    heavy-ball form of `optax.sgd` has the same steps at ``1 - momentum`` times the rate.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.ema(momentum, debias=False),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    def _arguments(self) -> dict[str, inspect.Parameter]:
+        """The arguments of the factory, then of what it forwards to; its own come first."""
+        functions = [self.factory()]
+        if self.forwards_to is not None:
+            functions.insert(0, self.forwards_to())
+        parameters = [inspect.signature(function).parameters for function in functions]
+        return dict(itertools.chain(*(found.items() for found in parameters)))
 
 
-def adam(
-    learning_rate: float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
-    """Adam with L2 regularisation in the gradient (not AdamW)."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.adam(learning_rate, b1=b1, b2=b2, eps=eps),
-    )
-
-
-def nag(
-    learning_rate: float, momentum: float = 0.9, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
-    """Nesterov's accelerated gradient, in the heavy-ball form of `optax.sgd`."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(learning_rate, momentum=momentum, nesterov=True),
-    )
-
-
-def adadelta(
-    learning_rate: float = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
-    """Adadelta with L2 regularisation in the gradient."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.adadelta(learning_rate, rho=rho, eps=eps),
-    )
-
-
-def optax_lbfgs(
-    memory_size: int = 10, max_linesearch_steps: int = 20
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.lbfgs` with its default line search, whose number of steps can be set."""
-    linesearch = optax.scale_by_zoom_linesearch(
-        max_linesearch_steps=max_linesearch_steps, initial_guess_strategy="one"
-    )
-    return optax.lbfgs(memory_size=memory_size, linesearch=linesearch)
-
-
-def lbfgs(
-    memory_size: int = 10, max_linesearch_steps: int = 20, weight_decay: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.lbfgs` on minibatches: the line search sees one batch, with the L2 term.
-
-    Pairs of curvature are made of the gradients of successive batches, as optax does.
-    """
-    return with_penalty(optax_lbfgs(memory_size, max_linesearch_steps), weight_decay)
-
-
-def lbfgs_without_linesearch(
-    learning_rate: float, memory_size: int = 10, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
-    """L-BFGS directions at a fixed learning rate."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_lbfgs(memory_size=memory_size),
-        optax.scale_by_learning_rate(learning_rate),
+def _package_method(
+    attribute: str, name: str, description: str, forwards_to: str | None = None, **fields: Any
+) -> Method:
+    """A method of the package under a name of ours, all of whose arguments are settings."""
+    return Method(
+        name=name,
+        description=description,
+        factory=lambda: of_package(attribute),
+        forwards_to=None if forwards_to is None else lambda: of_package(forwards_to),
+        **{"work": hessian_free_work, **fields},
     )
 
 
@@ -233,46 +193,6 @@ def lsr1_factory() -> Factory:
     return lsr1
 
 
-def with_penalty(
-    transform: optax.GradientTransformation, weight_decay: float
-) -> optax.GradientTransformationExtraArgs:
-    """Adds ``0.5 weight_decay |params|^2`` to all that a method is told about the objective.
-
-    A method that evaluates the objective itself must not meet the term in the gradient only.
-
-    Args:
-        transform: The method.
-        weight_decay: Weight of the term.
-
-    Returns:
-        The method on the objective with the term, with the state of ``transform``.
-    """
-    inner = optax.with_extra_args_support(transform)
-
-    def penalty(params: Params) -> jax.Array:
-        squares = [jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(params)]
-        return 0.5 * weight_decay * jnp.sum(jnp.stack(squares))
-
-    def update(
-        grads: chex.ArrayTree,
-        state: optax.OptState,
-        params: Params,
-        *,
-        value: jax.Array,
-        value_fn: Callable[[Params], jax.Array],
-        **extra: Any,
-    ) -> tuple[chex.ArrayTree, optax.OptState]:
-        grads = jax.tree.map(lambda g, p: g + weight_decay * p, grads, params)
-        extra.update(
-            value=value + penalty(params),
-            grad=grads,
-            value_fn=lambda point: value_fn(point) + penalty(point),
-        )
-        return inner.update(grads, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 def of_package(attribute: str) -> Any:
     """An attribute of the package, which may not have it yet."""
     try:
@@ -291,7 +211,7 @@ _ALL = (
     Method(
         name="sgd",
         description="SGD with momentum, moving-average form",
-        factory=lambda: sgd,
+        factory=lambda: baselines.sgd,
         defaults={"learning_rate": 0.03},
         # The papers' tuned rates; those for the digits were found with `tune`.
         by_problem={
@@ -307,7 +227,7 @@ _ALL = (
     Method(
         name="adam",
         description="optax.adam",
-        factory=lambda: adam,
+        factory=lambda: baselines.adam,
         defaults={"learning_rate": 1e-3},
         # The papers tune epsilon as a damping along with the rate.
         by_problem={
@@ -319,9 +239,21 @@ _ALL = (
         },
     ),
     Method(
+        name="adamw",
+        description="optax.adamw",
+        factory=lambda: baselines.adamw,
+        defaults={"learning_rate": 1e-3},
+    ),
+    Method(
+        name="muon",
+        description="optax.contrib.muon for hidden matrices, optax.adamw for the rest",
+        factory=lambda: baselines.muon,
+        defaults={"learning_rate": 0.02},
+    ),
+    Method(
         name="nag",
         description="Nesterov's accelerated gradient, optax.sgd(nesterov=True)",
-        factory=lambda: nag,
+        factory=lambda: baselines.nag,
         defaults={"learning_rate": 3e-3},
         # A tenth of the rates of SGD, whose moving average makes its steps as much smaller.
         by_problem={
@@ -337,18 +269,18 @@ _ALL = (
     Method(
         name="adadelta",
         description="optax.adadelta",
-        factory=lambda: adadelta,
+        factory=lambda: baselines.adadelta,
         defaults={"learning_rate": 1.0},
     ),
     Method(
         name="lbfgs",
         description="optax.lbfgs with its zoom line search on each batch",
-        factory=lambda: lbfgs,
+        factory=lambda: baselines.lbfgs,
     ),
     Method(
         name="lbfgs-nols",
         description="optax.scale_by_lbfgs at a fixed learning rate",
-        factory=lambda: lbfgs_without_linesearch,
+        factory=lambda: baselines.lbfgs_without_linesearch,
         defaults={"learning_rate": 0.1},
     ),
     Method(
@@ -359,7 +291,6 @@ _ALL = (
         defaults={"learning_rate": 0.3, "damping": 0.3},
         by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
-        needs_layers=True,
         extra_gradients=1,
     ),
     Method(
@@ -370,7 +301,6 @@ _ALL = (
         defaults={"learning_rate": 0.3, "damping": 0.3, "memory_size": 100},
         by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
-        needs_layers=True,
         extra_gradients=1,
     ),
     Method(
@@ -380,6 +310,48 @@ _ALL = (
         forwards_to=lambda: of_package("lsr1"),
         is_second_order=True,
         extra_gradients=1,
+    ),
+    _package_method("hessian_free", "hf", "Hessian-free optimization (Martens 2010)"),
+    _package_method(
+        "block_hessian_free",
+        "bhf",
+        "block-diagonal Hessian-free (Zhang et al. 2017); blocks=layers|halves|modules|leaves",
+        work=block_hessian_free_work,
+    ),
+    _package_method(
+        "stochastic_hessian_free",
+        "shf",
+        "stochastic Hessian-free (Kiros 2013)",
+        forwards_to="hessian_free",
+    ),
+    _package_method(
+        "gauss_newton",
+        "sgn",
+        "stochastic Gauss-Newton (Gargiani et al. 2020)",
+    ),
+    _package_method(
+        "levenberg_marquardt",
+        "lm",
+        "Levenberg-Marquardt; blocks=layers|halves|modules|leaves",
+        work=levenberg_marquardt_work,
+    ),
+    _package_method(
+        "positive_curvature_hessian",
+        "pch",
+        "positive-curvature Hessian, block diagonal (Chen et al. 2019)",
+        work=layer_statistics_work,
+    ),
+    _package_method(
+        "krylov_subspace_descent",
+        "ksd",
+        "Krylov subspace descent (Vinyals, Povey 2012)",
+        work=functools.partial(hessian_free_work, counted="dimension", evaluation=1.0),
+    ),
+    _package_method(
+        "newton_cg",
+        "newton-cg",
+        "inexact Newton, with products with the Hessian",
+        work=functools.partial(hessian_free_work, product=2.0),
     ),
 )
 

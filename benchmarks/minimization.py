@@ -150,12 +150,12 @@ def _advance(
         value_fn=value_fn,
     )
     params = optax.apply_updates(point.params, updates)
-    value, grads, evaluated = _value_and_grad(value_fn, params, opt_state)
+    value, grads, evaluated = value_and_grad_at(value_fn, params, opt_state)
     gradients = point.gradients + solver.extra_gradients(opt_state) + evaluated
     return _Point(params, opt_state, value, grads, gradients.astype(jnp.int32))
 
 
-def _value_and_grad(
+def value_and_grad_at(
     value_fn: Callable[[Params], jax.Array], params: Params, opt_state: optax.OptState
 ) -> tuple[jax.Array, Params, jax.Array | int]:
     """Value and gradient, from the state where it has them, and how many gradients that took."""

@@ -5,7 +5,7 @@ that both ways of writing a model are measured.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import flax.linen as nn
@@ -33,12 +33,35 @@ def init_dense_stack(key: jax.Array, sizes: Sequence[int]) -> DenseStack:
     return [_init_dense(layer_key, *shape) for layer_key, shape in shapes]
 
 
-def apply_autoencoder(params: DenseStack, inputs: jax.Array) -> jax.Array:
-    """A symmetric autoencoder: ReLU, but the code layer in the middle and the output linear.
+def init_glorot_stack(key: jax.Array, sizes: Sequence[int]) -> DenseStack:
+    """Initializes dense layers as Glorot and Bengio (2010) do for tanh; biases are zero.
+
+    Args:
+        key: PRNG key.
+        sizes: Width of each layer from the input to the output.
+
+    Returns:
+        As `init_dense_stack`.
+    """
+    draw = jax.nn.initializers.glorot_uniform()
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {"kernel": draw(layer_key, shape), "bias": jnp.zeros(shape[1])}
+        for layer_key, shape in zip(keys, pairwise(sizes), strict=True)
+    ]
+
+
+def apply_autoencoder(
+    params: DenseStack,
+    inputs: jax.Array,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+) -> jax.Array:
+    """A symmetric autoencoder whose code layer in the middle and whose output are linear.
 
     Args:
         params: An even number of dense layers; the first half is the encoder.
         inputs: ``(batch, pixels)``.
+        activation: Of the other layers.
 
     Returns:
         ``(batch, pixels)`` reconstructions: logits or intensities, as the loss takes them.
@@ -48,7 +71,7 @@ def apply_autoencoder(params: DenseStack, inputs: jax.Array) -> jax.Array:
     for number, layer in enumerate(params):
         hidden = hidden @ layer["kernel"] + layer["bias"]
         if number not in linear_layers:
-            hidden = jax.nn.relu(hidden)
+            hidden = activation(hidden)
     return hidden
 
 
@@ -100,6 +123,40 @@ class DigitsCNN(nn.Module):
         return nn.Dense(self.classes)(hidden)
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where shapes change."""
+
+    channels: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps ``(batch, height, width, ...)`` to ``(batch, height / stride, ..., channels)``."""
+        strides = (self.stride, self.stride)
+        hidden = nn.relu(nn.Conv(self.channels, (3, 3), strides)(images))
+        hidden = nn.Conv(self.channels, (3, 3))(hidden)
+        if images.shape != hidden.shape:
+            images = nn.Conv(self.channels, (1, 1), strides, use_bias=False)(images)
+        return nn.relu(images + hidden)
+
+
+class ResNet(nn.Module):
+    """A convolution of 16 channels, three residual blocks and a dense layer, not normalized.
+
+    All but the first block halve the image, the first convolution too.
+    """
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps ``(batch, height, width, channels)`` images to ``(batch, classes)`` logits."""
+        hidden = nn.relu(nn.Conv(16, (3, 3), (2, 2))(images))
+        for channels, stride in ((16, 1), (32, 2), (64, 2)):
+            hidden = ResidualBlock(channels, stride)(hidden)
+        return nn.Dense(self.classes)(jnp.mean(hidden, axis=(1, 2)))
+
+
 def binary_cross_entropy(logits: jax.Array, pixels: jax.Array) -> jax.Array:
     """Cross entropy of pixel intensities in [0, 1], summed over pixels, mean over the batch."""
     return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, pixels), axis=-1))
@@ -110,8 +167,13 @@ def half_squared_error(outputs: jax.Array, pixels: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean(jnp.sum((outputs - pixels) ** 2, axis=-1))
 
 
+def squared_error(outputs: jax.Array, pixels: jax.Array) -> jax.Array:
+    """The squared error, summed over pixels, mean over the batch."""
+    return jnp.mean(jnp.sum((outputs - pixels) ** 2, axis=-1))
+
+
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross entropy of integer classes, mean over the batch."""
+    """Cross entropy of integer classes, mean over the batch, and over positions of sequences."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 

@@ -1,7 +1,7 @@
 """Plots of training losses."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
             over_seconds.plot(curve.seconds, curve.losses, **style)
         _decorate(over_steps, panel.title, "steps")
         _decorate(over_seconds, panel.title, "training seconds, without compilation")
+        over_steps.set_xlim(left=0)
+        over_seconds.set_xlim(left=0)
         over_steps.legend(frameon=False)
     _save(figure, path)
 
@@ -85,7 +87,27 @@ def save_lines(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> N
     for number, line in enumerate(lines):
         axes.plot(line.positions, line.losses, **_style(number, line.label, is_dashed=False))
     _decorate(axes, "", x_label)
+    axes.set_xlim(left=0)
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def save_panels(path: Path, title: str, panels: Mapping[str, Sequence[Line]]) -> None:
+    """Saves a figure with the same runs over several things side by side, on logarithmic axes.
+
+    Args:
+        path: The PNG file.
+        title: Title of the figure.
+        panels: By what the positions are, one line per run; positions must be positive.
+    """
+    figure = _figure(title, width=5.5 * len(panels), height=5)
+    rows = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (x_label, lines) in zip(rows[0], panels.items(), strict=True):
+        for number, line in enumerate(lines):
+            axes.plot(line.positions, line.losses, **_style(number, line.label, is_dashed=False))
+        _decorate(axes, "", x_label)
+        axes.set_xscale("log")
+    rows[0, 0].legend(frameon=False)
     _save(figure, path)
 
 
@@ -112,7 +134,6 @@ def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
 
 def _decorate(axes: Axes, title: str, x_label: str) -> None:
     axes.set(title=title, xlabel=x_label, ylabel="training loss", yscale="log")
-    axes.set_xlim(left=0)
     # Losses often span less than a decade: label more than powers of ten, as plain numbers.
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vary",
         required=True,
         metavar="KEY=V,V,...",
-        help="one setting of the method, or batch_size, with the values to compare",
+        help="one setting of the method, or (curvature_)batch_size, with the values to compare",
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="the plot")
     sweeps.add_arguments(parser)
@@ -72,7 +72,7 @@ def _save(path: Path, title: str, results: list[sweeps.Result]) -> None:
 
 def _line(result: sweeps.Result, unit: float) -> Line:
     """The finite training losses of a run, from before the first step."""
-    points = [(0, result.run.initial.loss)]
+    points: list[tuple[float, float]] = [(0, result.run.initial.loss)]
     points += [(record.gradients, record.train_loss) for record in result.records]
     finite = [(unit * gradients, loss) for gradients, loss in points if math.isfinite(loss)]
     return Line(result.label, [x for x, _ in finite], [y for _, y in finite])

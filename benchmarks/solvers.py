@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from benchmarks.baselines import optax_lbfgs
 from benchmarks.evaluations import linesearch_gradients
-from benchmarks.methods import lsr1_factory, optax_lbfgs
+from benchmarks.methods import lsr1_factory
 from benchmarks.settings import SettingError, Settings, check_keys, parse_variant
 
 Factory = Callable[..., optax.GradientTransformation]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from benchmarks.evaluations import linesearch_gradients
+from benchmarks.evaluations import Site
 from benchmarks.methods import Context, Method
 from benchmarks.problems import Batch, Params, Problem
 from benchmarks.settings import SettingError, Settings
@@ -25,12 +25,36 @@ class TrainState(NamedTuple):
     Attributes:
         params: The parameters.
         opt_state: The state of the optimizer.
-        linesearch_gradients: Gradients that line searches have evaluated so far.
+        extra_gradients: What updates have evaluated so far that the state of the optimizer counts,
+            in gradients of one batch, float32.
     """
 
     params: Params
     opt_state: optax.OptState
-    linesearch_gradients: jax.Array
+    extra_gradients: jax.Array
+
+
+class BatchSizes(NamedTuple):
+    """How many samples a step takes.
+
+    Attributes:
+        gradient: For value and gradient.
+        curvature: For the curvature, the first of the same samples or more; None passes no
+            objective for it, so that methods take the other one.
+    """
+
+    gradient: int
+    curvature: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Samples that must be drawn."""
+        return max(self.gradient, self.curvature or 0)
+
+    @property
+    def curvature_share(self) -> float:
+        """Samples for the curvature per sample for the gradient."""
+        return 1.0 if self.curvature is None else self.curvature / self.gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +75,32 @@ class CompiledStep:
 
 
 def training_step(
-    problem: Problem, optimizer: optax.GradientTransformationExtraArgs
+    problem: Problem,
+    optimizer: optax.GradientTransformationExtraArgs,
+    method: Method,
+    settings: Mapping[str, Any],
+    sizes: BatchSizes,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """The whole step: gather the batch, gradient, update, new parameters.
 
-    It is written exactly as for `optax.lbfgs`, for every method.
+    It is written exactly as for `optax.lbfgs`, for every method; with a curvature batch, its
+    objective is one more argument.
     """
+    all_settings = method.complete(settings)
 
     def step(state: TrainState, data: Batch, indices: jax.Array) -> tuple[TrainState, jax.Array]:
-        objective = problem.objective(data.take(indices))
+        objective = problem.objective(data.take(indices[: sizes.gradient]))
+        extra: dict[str, Any] = {"value_fn": objective}
+        if sizes.curvature is not None:
+            extra["curvature_fn"] = problem.objective(data.take(indices[: sizes.curvature]))
         value, grads = jax.value_and_grad(objective)(state.params)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=value, grad=grads, value_fn=objective
+            grads, state.opt_state, state.params, value=value, grad=grads, **extra
         )
         params = optax.apply_updates(state.params, updates)
-        searched = state.linesearch_gradients + linesearch_gradients(opt_state)
-        return TrainState(params, opt_state, searched), value
+        site = Site(all_settings, extra.get("curvature_fn", objective), state.params)
+        work = method.work(opt_state, site).in_gradients(sizes.curvature_share)
+        return TrainState(params, opt_state, state.extra_gradients + work), value
 
     return step
 
@@ -93,7 +127,7 @@ def initial_state(optimizer: optax.GradientTransformationExtraArgs, params: Para
 
     The parameters are copied, because a method may keep them in its own state too.
     """
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.float32))
     copied: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     return copied
 
@@ -127,7 +161,9 @@ def compile_step(function: Callable[..., Any], *args: Any, donate: bool = True) 
     )
 
 
-def epoch_orders(samples: int, batch_size: int, seed: int) -> Iterator[IndexArray]:
+def epoch_orders(
+    samples: int, batch_size: int, seed: int, width: int | None = None
+) -> Iterator[IndexArray]:
     """Sample numbers of the batches of one epoch after another, without end.
 
     The first epoch takes the samples as they come; they are reshuffled before each later one, as
@@ -137,18 +173,22 @@ def epoch_orders(samples: int, batch_size: int, seed: int) -> Iterator[IndexArra
         samples: Number of training samples.
         batch_size: Samples per batch.
         seed: Of the shuffles.
+        width: Indices per batch, if more than its samples: those that follow in the order, which
+            begins anew at its end.
 
     Yields:
-        ``(steps, batch_size)`` indices.
+        ``(steps, width)`` indices.
 
     Raises:
         SettingError: If not even one batch fits.
     """
+    width = batch_size if width is None else width
     steps = samples // batch_size
-    if steps < 1:
-        raise SettingError(f"A batch of {batch_size} needs as many samples; there are {samples}.")
+    if samples < width:
+        raise SettingError(f"A batch of {width} needs as many samples; there are {samples}.")
     rng = np.random.default_rng(seed)
     order = np.arange(samples, dtype=np.int32)
+    places = batch_size * np.arange(steps)[:, None] + np.arange(width)
     while True:
-        yield order[: steps * batch_size].reshape(steps, batch_size)
+        yield order[places % samples]
         order = rng.permutation(order)

@@ -5,15 +5,21 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from benchmarks.arguments import add_json, add_problem, add_settings, load_data
+from benchmarks.arguments import (
+    add_json,
+    add_problem,
+    add_record_every,
+    add_settings,
+    load_data,
+)
 from benchmarks.display import LOSS_COLUMNS, loss_cells, print_table, progress_bar, watch
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.settings import SettingError, Settings, parse_settings
 from benchmarks.training import EpochRecord, Run, RunOptions
 
-# Varied like a setting, though it is one of the run and not of the method.
-BATCH_SIZE = "batch_size"
+# Varied like settings, though they are those of the run and not of the method.
+RUN_SETTINGS = ("batch_size", "curvature_batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
     parser.add_argument("--epochs", type=int, metavar="N", help="epochs of each run")
     parser.add_argument("--seconds", type=float, metavar="S", help="training seconds of each run")
+    add_record_every(parser)
     add_settings(parser)
     add_json(parser)
 
@@ -56,7 +63,7 @@ def sweep(args: argparse.Namespace, points: Sequence[Settings]) -> Iterator[Resu
 
     Args:
         args: The arguments of `add_arguments`.
-        points: Settings of the method, and ``batch_size``, over those of ``--set``.
+        points: Settings of the method, and `RUN_SETTINGS`, over those of the arguments.
 
     Yields:
         The finished runs.
@@ -98,9 +105,10 @@ def label(point: Settings) -> str:
 
 def _options(args: argparse.Namespace, point: Settings) -> RunOptions:
     overrides = {**parse_settings(args.settings), **point}
-    batch_size = overrides.pop(BATCH_SIZE, args.batch_size)
-    if batch_size is not None and not isinstance(batch_size, int):
-        raise SettingError(f"{BATCH_SIZE} must be a whole number, got {batch_size!r}.")
+    of_run = {name: overrides.pop(name, getattr(args, name)) for name in RUN_SETTINGS}
+    for name, size in of_run.items():
+        if size is not None and not isinstance(size, int):
+            raise SettingError(f"{name} must be a whole number, got {size!r}.")
     return RunOptions(
         PROBLEMS[args.problem],
         METHODS[args.method],
@@ -108,7 +116,8 @@ def _options(args: argparse.Namespace, point: Settings) -> RunOptions:
         epochs=args.epochs,
         seconds=args.seconds,
         seed=args.seed,
-        batch_size=batch_size,
+        record_every=args.record_every,
+        **of_run,
     )
 
 

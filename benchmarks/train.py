@@ -2,7 +2,13 @@
 
 import argparse
 
-from benchmarks.arguments import add_json, add_problem, add_settings, load_data
+from benchmarks.arguments import (
+    add_json,
+    add_problem,
+    add_record_every,
+    add_settings,
+    load_data,
+)
 from benchmarks.display import console, describe, progress_bar, watch
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
@@ -19,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
     parser.add_argument("--epochs", type=int, metavar="N", help="stop after N epochs")
     parser.add_argument("--seconds", type=float, metavar="S", help="stop after S training seconds")
+    add_record_every(parser)
     add_settings(parser)
     add_json(parser)
 
@@ -35,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         seconds=args.seconds,
         seed=args.seed,
         batch_size=args.batch_size,
+        curvature_batch_size=args.curvature_batch_size,
+        record_every=args.record_every,
     )
     # Wrong settings are reported before the data is read.
     method.settings(problem, options.overrides)

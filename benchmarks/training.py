@@ -1,6 +1,7 @@
 """Training runs: one record per epoch, training time apart from all other time."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from benchmarks.problems import Batch, Problem
 from benchmarks.records import Record
 from benchmarks.settings import SettingError
 from benchmarks.steps import (
+    BatchSizes,
     CompiledStep,
     IndexArray,
     TrainState,
@@ -42,6 +44,9 @@ class RunOptions:
         seconds: Stop after this much training time; None for no such limit.
         seed: Of initial parameters and shuffles.
         batch_size: None takes the problem's.
+        curvature_batch_size: Samples for the curvature: the first of the batch, or the batch and
+            those that follow it in the epoch; None leaves it to the method.
+        record_every: Steps from one record to the next; None records at the end of each epoch.
     """
 
     problem: Problem
@@ -51,18 +56,25 @@ class RunOptions:
     seconds: float | None = None
     seed: int = 0
     batch_size: int | None = None
+    curvature_batch_size: int | None = None
+    record_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.seconds is None:
             raise SettingError("A run needs a number of epochs or of seconds.")
-        limits = (self.epochs, self.seconds, self.batch_size)
-        if any(limit is not None and limit <= 0 for limit in limits):
-            raise SettingError("Epochs, seconds and batch size must be positive.")
+        sizes = (self.batch_size, self.curvature_batch_size, self.record_every)
+        if any(limit is not None and limit <= 0 for limit in (self.epochs, self.seconds, *sizes)):
+            raise SettingError("Epochs, seconds, batch sizes and steps must be positive.")
 
     @property
     def samples_per_step(self) -> int:
         """The batch size that counts."""
         return self.batch_size or self.problem.batch_size
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of a step, for gradient and curvature."""
+        return BatchSizes(self.samples_per_step, self.curvature_batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +82,11 @@ class EpochRecord:
     """The state of a run after an epoch, or where it stopped.
 
     Attributes:
-        epoch: Whole, except where the time ran out or the run diverged within one.
+        epoch: Whole, except where the time ran out, the run diverged within one, or records are
+            more frequent.
         step: Steps so far.
         gradients: Gradients of one batch that were evaluated so far, those of line searches
-            included.
+            included, and what other evaluations and products cost in this unit.
         seconds: Training time so far, without compilation and evaluation.
         train_loss: Over all training samples, with the L2 term.
         test_loss: Over all test samples, with the L2 term.
@@ -83,7 +96,7 @@ class EpochRecord:
 
     epoch: float
     step: int
-    gradients: int
+    gradients: float
     seconds: float
     train_loss: float
     test_loss: float
@@ -113,7 +126,8 @@ class Run:
         self.options = options
         self.settings = options.method.settings(options.problem, options.overrides)
         self.steps_per_epoch = len(splits.train) // options.samples_per_step
-        self._orders = epoch_orders(len(splits.train), options.samples_per_step, options.seed)
+        sizes = options.batch_sizes
+        self._orders = epoch_orders(len(splits.train), sizes.gradient, options.seed, sizes.width)
         self._train, self._test = Batch.put(splits.train), Batch.put(splits.test)
         self._evaluate = Evaluator(options.problem)
         self._steps, self._seconds = 0, 0.0
@@ -130,11 +144,14 @@ class Run:
         Yields:
             One record per epoch; the last may stand for a part of an epoch.
         """
-        for epoch, order in enumerate(self._orders, start=1):
-            record = self._record(is_finite=self._train_epoch(order, on_step))
-            yield record
-            if record.diverged or self._is_out_of_time() or epoch == self.options.epochs:
-                return
+        for order in itertools.islice(self._orders, self.options.epochs):
+            every = self.options.record_every or len(order)
+            for start in range(0, len(order), every):
+                is_finite = self._train_steps(order[start : start + every], on_step)
+                record = self._record(is_finite)
+                yield record
+                if record.diverged or self._is_out_of_time():
+                    return
 
     @property
     def samples_share(self) -> float:
@@ -147,22 +164,27 @@ class Run:
             "settings": self.settings,
             "seed": self.options.seed,
             "batch_size": self.options.samples_per_step,
+            "curvature_batch_size": self.options.curvature_batch_size,
             "compile_seconds": self.compile_seconds,
             "initial_train_loss": self.initial.loss,
         }
 
     def _compile(self) -> tuple[TrainState, CompiledStep]:
-        problem, size = self.options.problem, self.options.samples_per_step
+        problem, method = self.options.problem, self.options.method
+        sizes = self.options.batch_sizes
         params = jax.jit(problem.init)(jax.random.key(self.options.seed))
         optimizer = build_optimizer(
-            problem, self.options.method, self.settings, params, self._train, size
+            problem, method, self.settings, params, self._train, sizes.gradient
         )
         state = initial_state(optimizer, params)
-        indices = next(epoch_orders(len(self._train.inputs), size, seed=0))[0]
-        return state, compile_step(training_step(problem, optimizer), state, self._train, indices)
+        indices = next(
+            epoch_orders(len(self._train.inputs), sizes.gradient, seed=0, width=sizes.width)
+        )[0]
+        step = training_step(problem, optimizer, method, self.settings, sizes)
+        return state, compile_step(step, state, self._train, indices)
 
-    def _train_epoch(self, order: IndexArray, on_step: StepCallback) -> bool:
-        """Takes the steps of an epoch; returns whether the losses were finite.
+    def _train_steps(self, order: IndexArray, on_step: StepCallback) -> bool:
+        """Takes the steps of an epoch, or of a part of it; returns whether the losses were finite.
 
         Each loss is read while the next step already runs: the device never waits for Python,
         and yet a run ends at most one step after its time or its first loss that is not finite.
@@ -186,16 +208,16 @@ class Run:
     def _is_out_of_time(self) -> bool:
         return self.options.seconds is not None and self._seconds >= self.options.seconds
 
-    def _gradients(self) -> int:
+    def _gradients(self) -> float:
         regular = self.options.method.gradients(self.settings, self._steps)
-        return regular + int(self._state.linesearch_gradients)
+        return _rounded(regular + float(self._state.extra_gradients))
 
     def _record(self, is_finite: bool) -> EpochRecord:
         train = self._evaluate(self._state.params, self._train)
         test = self._evaluate(self._state.params, self._test)
         epoch = self._steps / self.steps_per_epoch
         return EpochRecord(
-            epoch=int(epoch) if epoch.is_integer() else round(epoch, 4),
+            epoch=_rounded(epoch),
             step=self._steps,
             gradients=self._gradients(),
             seconds=self._seconds,
@@ -204,3 +226,8 @@ class Run:
             test_accuracy=test.accuracy,
             diverged=not (is_finite and train.is_finite()),
         )
+
+
+def _rounded(number: float) -> float:
+    """An integer where the number is one, else four decimals."""
+    return int(number) if number.is_integer() else round(number, 4)

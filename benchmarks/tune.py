@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="KEY=V,V,...",
-        help="values to try, of batch_size too; of several keys every combination",
+        help="values to try, of (curvature_)batch_size too; of several keys every combination",
     )
     sweeps.add_arguments(parser)
 

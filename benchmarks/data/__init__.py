@@ -3,11 +3,13 @@
 from benchmarks.data.loaders import (
     a9a,
     breast_cancer,
+    cifar10,
     curves,
     digits,
     faces,
     fashion_mnist,
     mnist,
+    shakespeare,
 )
 from benchmarks.data.sources import DataError, DataOptions
 from benchmarks.data.splits import BinarySamples, Split, Splits
@@ -20,9 +22,11 @@ __all__ = [
     "Splits",
     "a9a",
     "breast_cancer",
+    "cifar10",
     "curves",
     "digits",
     "faces",
     "fashion_mnist",
     "mnist",
+    "shakespeare",
 ]

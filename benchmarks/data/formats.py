@@ -1,10 +1,14 @@
-"""Readers of the original file formats: gzipped IDX, MATLAB 5 and LIBSVM text."""
+"""Readers of the original file formats: gzipped IDX, CIFAR's pickles, MATLAB 5, LIBSVM text."""
 
 import gzip
 import math
+import pickle
 import struct
+import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
@@ -14,6 +18,14 @@ from benchmarks.data.sources import DataError
 
 # An IDX file begins with two zero bytes, a type code and the number of dimensions.
 _UNSIGNED_BYTE = 0x08
+# What the pickles of CIFAR-10 are made of, beside Python's own containers.
+_PICKLED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
 
 
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
@@ -46,6 +58,51 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
             f"but holds {len(content) - header_size}."
         )
     return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
+
+
+def read_cifar(path: Path, batches: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Reads batches of the Python version of CIFAR-10 from its archive.
+
+    Args:
+        path: The file ``cifar-10-python.tar.gz``.
+        batches: Names of the batches, such as ``data_batch_1``.
+
+    Returns:
+        ``(samples, 32, 32, 3)`` images and ``(samples,)`` labels.
+
+    Raises:
+        DataError: Not such an archive, or one without such a batch.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            parts = [_read_cifar_batch(archive, name) for name in batches]
+    # Damage shows as errors of tar, gzip, pickle and of what is looked up in the batch.
+    except Exception as error:
+        raise DataError(f"{path} is not an intact archive of CIFAR-10: {error}") from error
+    images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return images, labels
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays and nothing else: a pickle could otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Finds what the pickle names, if arrays are made of it."""
+        if (module, name) not in _PICKLED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_cifar_batch(
+    archive: tarfile.TarFile, name: str
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    file = archive.extractfile(f"cifar-10-batches-py/{name}")
+    if file is None:
+        raise KeyError(name)
+    # Written by Python 2, whose strings are bytes.
+    batch = _ArrayUnpickler(file, encoding="bytes").load()
+    pixels: NDArray[np.uint8] = batch[b"data"].reshape(-1, 3, 32, 32)
+    return pixels.transpose(0, 2, 3, 1), np.asarray(batch[b"labels"], np.int32)
 
 
 def read_olivetti(path: Path) -> NDArray[np.uint8]:

@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import generated
-from benchmarks.data.formats import read_idx, read_libsvm, read_olivetti
+from benchmarks.data.formats import read_cifar, read_idx, read_libsvm, read_olivetti
 from benchmarks.data.sources import (
     A9A,
+    CIFAR10,
     FASHION_MNIST,
     MNIST,
     OLIVETTI,
+    TINY_SHAKESPEARE,
     DataError,
     DataOptions,
     FileSet,
@@ -22,6 +24,12 @@ from benchmarks.data.splits import BinarySamples, FloatArray, Split, Splits
 _DIGITS_TRAIN = 1500
 # The last one is zero in every row of the test part of a9a.
 _A9A_FEATURES = 123
+# Samples in each of the files of CIFAR-10.
+_CIFAR_BATCH = 10_000
+# Distinct characters of Tiny Shakespeare, share of its text to train on, characters of a sample.
+SHAKESPEARE_CHARACTERS = 65
+_SHAKESPEARE_TRAIN = 0.9
+SHAKESPEARE_CONTEXT = 64
 
 
 def mnist(options: DataOptions) -> Splits:
@@ -32,6 +40,52 @@ def mnist(options: DataOptions) -> Splits:
 def fashion_mnist(options: DataOptions) -> Splits:
     """Fashion-MNIST: 60000 and 10000 images ``(28, 28, 1)`` in [0, 1], classes 0-9."""
     return _idx_data_set(FASHION_MNIST, options)
+
+
+def cifar10(options: DataOptions) -> Splits:
+    """CIFAR-10: 50000 and 10000 images ``(32, 32, 3)`` in [0, 1], classes 0-9."""
+    path = CIFAR10.locate("cifar-10-python.tar.gz", options)
+    train = [f"data_batch_{number}" for number in range(1, 6)]
+    if options.train_size is not None:
+        train = train[: -(-options.train_size // _CIFAR_BATCH)]
+    parts = ((train, options.train_size), (["test_batch"], options.test_size))
+    splits = []
+    for batches, count in parts:
+        images, labels = read_cifar(path, batches)
+        splits.append(Split(_unit_interval(images[:count]), labels[:count]))
+    return Splits(*splits)
+
+
+def shakespeare(options: DataOptions) -> Splits:
+    """Tiny Shakespeare, cut into windows of 64 characters, numbered by the 65 that occur.
+
+    The label of each character is the next one. The first 90 % of the text are trained on, the
+    rest is the test. Windows do not overlap; they are shuffled once with a fixed seed, so that the
+    first ones are a fair sample.
+    """
+    path = TINY_SHAKESPEARE.locate("input.txt", options)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text: {error}") from error
+    characters, numbers = np.unique(list(text), return_inverse=True)
+    cut = int(_SHAKESPEARE_TRAIN * len(text))
+    if len(characters) > SHAKESPEARE_CHARACTERS or len(text) - cut <= SHAKESPEARE_CONTEXT:
+        raise DataError(
+            f"{path} is not Tiny Shakespeare: {len(text)} characters, {len(characters)} distinct."
+        )
+    return Splits(
+        _windows(numbers[:cut]).first(options.train_size),
+        _windows(numbers[cut:]).first(options.test_size),
+    )
+
+
+def _windows(numbers: NDArray[np.integer]) -> Split:
+    """Windows that do not overlap, in random order; labels are the inputs one later."""
+    count = (len(numbers) - 1) // SHAKESPEARE_CONTEXT
+    order = np.random.default_rng(0).permutation(count)
+    starts = SHAKESPEARE_CONTEXT * order[:, None] + np.arange(SHAKESPEARE_CONTEXT)
+    return Split(numbers[starts].astype(np.int32), numbers[starts + 1].astype(np.int32))
 
 
 def digits(options: DataOptions) -> Splits:

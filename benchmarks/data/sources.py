@@ -161,3 +161,17 @@ A9A = FileSet(
     base_url="https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/",
     checksums={"a9a": "f5d5ffd8d865ff41328e7ee043e4b020816914ff6843ff15b98905ddbedce906"},
 )
+
+CIFAR10 = FileSet(
+    folder="cifar10",
+    base_url="https://www.cs.toronto.edu/~kriz/",
+    checksums={
+        "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    },
+)
+
+TINY_SHAKESPEARE = FileSet(
+    folder="tinyshakespeare",
+    base_url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+    checksums={"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+)

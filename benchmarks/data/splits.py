@@ -14,12 +14,13 @@ class Split:
     """Samples of one part of a data set.
 
     Attributes:
-        inputs: ``(samples, ...)`` float32.
-        labels: ``(samples,)`` int32 classes, or None where the inputs are their own
-            targets (autoencoders): keeping no second copy keeps the device memory free.
+        inputs: ``(samples, ...)`` float32, or int32 where they are characters.
+        labels: ``(samples,)`` int32 classes, ``(samples, length)`` for sequences, or None where
+            the inputs are their own targets (autoencoders): keeping no second copy keeps the
+            device memory free.
     """
 
-    inputs: FloatArray
+    inputs: FloatArray | LabelArray
     labels: LabelArray | None = None
 
     def __post_init__(self) -> None:
@@ -60,3 +61,15 @@ class Splits:
         """The same inputs as vectors and without labels, as an autoencoder wants them."""
         parts = (self.train, self.test)
         return Splits(*(Split(part.inputs.reshape(len(part), -1)) for part in parts))
+
+    def average_pooled(self, size: int) -> "Splits":
+        """The same images ``(height, width, 1)``, averaged over squares, as ``(rows, columns)``."""
+        parts = (self.train, self.test)
+        return Splits(*(Split(_average(part.inputs, size), part.labels) for part in parts))
+
+
+def _average(images: FloatArray | LabelArray, size: int) -> FloatArray:
+    count, height, width, _ = images.shape
+    squares = images.reshape(count, height // size, size, width // size, size)
+    averages: FloatArray = squares.mean(axis=(2, 4), dtype=np.float32)
+    return averages

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pooch
 import pytest
-from data_files import write_a9a, write_faces, write_idx
+from data_files import write_a9a, write_cifar, write_faces, write_idx, write_shakespeare
 
 from benchmarks.data import DataOptions
 
@@ -40,4 +40,6 @@ def data_folder(tmp_path) -> Path:
             write_idx(folder / name / f"{prefix}-labels-idx1-ubyte.gz", labels)
     write_faces(folder)
     write_a9a(folder)
+    write_cifar(folder)
+    write_shakespeare(folder)
     return folder

@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import secondorder as so
+from benchmarks.baselines import adadelta, adam, lbfgs, nag, sgd
 from benchmarks.evaluations import linesearch_gradients
-from benchmarks.methods import METHODS, Context, Method, adadelta, adam, lbfgs, nag, sgd
+from benchmarks.methods import METHODS, Context, Method
 from benchmarks.problems import PROBLEMS
 from benchmarks.settings import (
     SettingError,
@@ -20,7 +21,7 @@ from benchmarks.settings import (
 
 PROBLEM = PROBLEMS["digits-cnn"]
 # Methods that find the length of their steps themselves.
-WITHOUT_RATE = {"lbfgs", "lsr1"}
+WITHOUT_RATE = {"lbfgs", "lsr1", "hf", "bhf", "shf", "sgn", "lm", "pch", "ksd", "newton-cg"}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_precedence_of_settings():
 def test_period_is_update_every():
     def factory(learning_rate, layers, update_every=4, weight_decay=0.0): ...
 
-    method = Method("m", "", factory=lambda: factory, needs_layers=True)
+    method = Method("m", "", factory=lambda: factory)
     assert method.period({}) == 4
     assert method.period({"update_every": 7}) == 7
     assert METHODS["adam"].period({}) == 1

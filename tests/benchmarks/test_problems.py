@@ -21,6 +21,12 @@ PARAMETERS = {
     "mnist-lenet5": 61_706,
     "mnist-lenet5-bn": 61_932,
     "fashion-lenet5": 61_706,
+    "mnist-autoencoder-tanh": 2_837_314,
+    "digits-autoencoder-tanh": 34_764,
+    "mnist-lstm": 2_510,
+    "fashion-resnet": 77_322,
+    "cifar-resnet": 77_610,
+    "shakespeare-transformer": 111_040,
 }
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.baselines import sgd
 from benchmarks.data import DataOptions
-from benchmarks.methods import METHODS, Method, sgd
+from benchmarks.methods import METHODS, Method
 from benchmarks.problems import PROBLEMS
 from benchmarks.settings import SettingError
 from benchmarks.steps import epoch_orders
