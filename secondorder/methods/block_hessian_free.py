@@ -31,6 +31,8 @@ from secondorder.operators import Engine, LinearOperator
 from secondorder.solvers import conjugate_gradient
 from secondorder.tree import Blocks, BlockSetting
 
+_RULE = DampingRule()
+
 StepKind: TypeAlias = Literal["optimal", "fixed", "armijo"]
 EngineSetting: TypeAlias = Engine | Literal["auto"]
 
@@ -119,8 +121,8 @@ def block_hessian_free(
     engine: EngineSetting = "auto",
     step: StepKind = "optimal",
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    damping: chex.Numeric = 1e-2,
-    damping_rule: DampingRule | None = None,
+    damping: chex.Numeric = 0.1,
+    damping_rule: DampingRule | None = _RULE,
     relative_damping: bool = False,
     max_iterations: int = 30,
     progress: chex.Numeric = 5e-4,
@@ -144,7 +146,7 @@ def block_hessian_free(
     The paper's settings are::
 
         so.block_hessian_free(blocks=labels, step="fixed", learning_rate=0.1, damping=0.0,
-                              max_iterations=30)
+                              damping_rule=None, max_iterations=30)
 
     with two blocks, encoder and decoder, for its autoencoder; ``damping=0.01`` and
     ``max_iterations=100`` for its LSTM, one block per layer; ``damping=0.1`` for its residual
@@ -165,8 +167,8 @@ def block_hessian_free(
         there that decreases the objective sufficiently. Static.
       learning_rate: The largest, the only or the first rate; positive, or a schedule of it.
       damping: :math:`\lambda \ge 0`; positive for the dual engine.
-      damping_rule: How it follows the ratio of actual to predicted reduction; then each step is
-        evaluated. None keeps it.
+      damping_rule: How it follows the ratio of actual to predicted reduction; each step is then
+        evaluated, and is zero if it raises the objective. None keeps the damping.
       relative_damping: Whether the damping of a block is :math:`\lambda` times the mean of the
         diagonal of :math:`G_b`, which a random product estimates at each step. Static.
       max_iterations: Most iterations of conjugate gradients. Static.
@@ -182,9 +184,9 @@ def block_hessian_free(
     Returns:
       A transform whose ``update`` needs ``params`` and a ``value_fn`` that is an `Objective`; value
       and gradient at the parameters are computed if they are not given. ``curvature_fn``, an
-      `Objective` on another batch, gives the curvature. With ``step="armijo"`` it is terminal;
-      otherwise other links may follow. A batch that is not finite gives a zero update and changes
-      only a counter.
+      `Objective` on another batch, gives the curvature. It is terminal; but with
+      ``damping_rule=None`` and a step that is not searched other links may follow. A batch that is
+      not finite gives a zero update and changes only a counter.
 
     Raises:
       ValueError: For hyperparameters out of range, or an engine that the model does not allow.
@@ -301,7 +303,7 @@ def block_hessian_free(
             )
         else:
             best = optimal_rate(parabola.slope, damped, bound) if step == "optimal" else bound
-            search = _untried(point, jnp.asarray(best, point.value.dtype), value_along, tries)
+            search = _single_rate(point, jnp.asarray(best, point.value.dtype), value_along, tries)
 
         # 4. What the full model promised, what the objective did, and the next damping.
         predicted = parabola.change(search.rate)
@@ -412,16 +414,23 @@ def _parabola(
     return Parabola(vectors.inner(point.gradient, direction), curvature)
 
 
-def _untried(
+def _single_rate(
     point: Point,
     rate: jax.Array,
     value_along: Callable[[chex.Numeric], jax.Array],
     evaluate: bool,
 ) -> SearchResult:
-    """A rate that is taken as it is, with the value there if that is asked for."""
-    value = value_along(rate) if evaluate else point.value
-    trials = jnp.asarray(int(evaluate), jnp.int32)
-    return SearchResult(rate, value, trials, jnp.ones((), bool))
+    """A rate that is taken as it is; or, if it is tried, unless it raises the objective."""
+    if not evaluate:
+        return SearchResult(rate, point.value, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    value = value_along(rate)
+    taken = value <= point.value
+    return SearchResult(
+        jnp.where(taken, rate, 0),
+        jnp.where(taken, value, point.value),
+        jnp.ones((), jnp.int32),
+        taken,
+    )
 
 
 def _no_metrics(dtype: Any) -> BlockHessianFreeMetrics:

@@ -12,7 +12,7 @@ from secondorder import operators
 from secondorder import tree as vectors
 from secondorder.control import DampingRule, next_damping
 from secondorder.methods.terminal import Point
-from secondorder.objective import Objective
+from secondorder.objective import Microbatches, Objective
 
 Distance: TypeAlias = Callable[[Any, Any], jax.Array]
 CurvatureKind: TypeAlias = Literal["gauss_newton", "hessian", "empirical_fisher"]
@@ -145,7 +145,7 @@ def curvature_operator(
 
 
 def structural_operator(
-    objective: Objective[Any], params: chex.ArrayTree, distance: Distance
+    objective: Objective[Any] | Microbatches[Any], params: chex.ArrayTree, distance: Distance
 ) -> operators.LinearOperator:
     """The Gauss-Newton matrix of how far the outputs move from where they are.
 
@@ -162,8 +162,7 @@ def structural_operator(
 
     Source: Martens, Sutskever (2011), section 3.
     """
-    reference = operators.linearize_model(objective, params).outputs
-    moved = Objective(objective.model, lambda z: distance(z, reference), objective.has_aux)
+    moved = objective.with_loss(lambda z: distance(z, jax.lax.stop_gradient(z)))
     return operators.gauss_newton(moved, params)
 
 
