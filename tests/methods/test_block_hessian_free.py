@@ -53,7 +53,9 @@ def test_damping_relative_to_the_curvature_of_each_block(x64):
     objective, params = make_problem(jnp.float64)
     theta, _, _, matrix = dense(objective, params)
     G = matrix(theta)
-    tx = so.block_hessian_free(relative_damping=True, damping=0.5, engine="linearized")
+    tx = so.block_hessian_free(
+        relative_damping=True, damping=0.5, damping_rule=None, engine="linearized"
+    )
     shifts = []
     state = tx.init(params)
     update = jax.jit(
@@ -110,7 +112,7 @@ def test_the_scaled_step_holds_where_the_unscaled_overshoots():
     params, _ = train(optax.with_extra_args_support(optax.adam(1e-2)), objective, params, 60)
     after = {}
     for step in ("fixed", "optimal"):
-        tx = so.block_hessian_free(step=step, damping=1e-3, engine="factored")
+        tx = so.block_hessian_free(step=step, damping=1e-3, damping_rule=None, engine="factored")
         after[step] = float(objective(train(tx, objective, params, 1)[0]))
     before = float(objective(params))
     assert after["optimal"] < before < after["fixed"]
@@ -165,3 +167,44 @@ def test_a_batch_that_is_not_finite_changes_nothing():
 def test_wrong_hyperparameters_are_errors(settings, match):
     with pytest.raises(ValueError, match=match):
         so.block_hessian_free(**settings)
+
+
+def primitives_of(jaxpr):
+    """The names of all primitives in a jaxpr, those of its bodies included."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for body in bodies_of(equation):
+            names |= primitives_of(body)
+    return names
+
+
+def bodies_of(equation):
+    """The jaxprs inside an equation."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            body = getattr(part, "jaxpr", part)
+            if hasattr(body, "eqns"):
+                yield body
+
+
+def loops_of(jaxpr):
+    """All `while` equations, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation
+        for body in bodies_of(equation):
+            yield from loops_of(body)
+
+
+@pytest.mark.parametrize("engine", ["linearized", "factored"])
+def test_the_loop_holds_no_forward_pass(engine):
+    objective, params = make_problem()
+    tx = so.block_hessian_free(engine=engine, damping_rule=None)
+    state = tx.init(params)
+    grad = jax.grad(objective)(params)
+    jaxpr = jax.make_jaxpr(lambda g, p: tx.update(g, state, p, value_fn=objective))(grad, params)
+    assert "tanh" in primitives_of(jaxpr.jaxpr)
+    loops = [*loops_of(jaxpr.jaxpr)]
+    assert any("dot_general" in primitives_of(b) for loop in loops for b in bodies_of(loop))
+    assert all("tanh" not in primitives_of(b) for loop in loops for b in bodies_of(loop))
