@@ -143,6 +143,12 @@ def levenberg_marquardt_work(state: optax.OptState, site: Site) -> Work:
     return hessian_free_work(state, site, evaluation=evaluation, trials=1)
 
 
+def lsr1_work(state: optax.OptState, site: Site) -> Work:
+    """The work of L-SR1 at its trial point: the value, and the gradient where it makes a pair."""
+    del site
+    return Work(batch=_FORWARD + _BACKWARD * reported_count(state, "trial_gradients"))
+
+
 def layer_statistics_work(state: optax.OptState, site: Site) -> Work:
     """The work of a method whose products do not depend on the batch, but statistics of it do."""
     return Work(batch=hessian_free_work(state, site).batch, curvature=1.0)

@@ -24,6 +24,7 @@ from benchmarks.evaluations import (
     layer_statistics_work,
     levenberg_marquardt_work,
     linesearch_work,
+    lsr1_work,
 )
 from benchmarks.problems import Params, Problem
 from benchmarks.settings import SettingError, Settings, check_keys
@@ -177,10 +178,19 @@ def _package_method(
 
 
 def lsr1(
-    shrink: float | None = None, grow: float | None = None, **settings: Any
+    shrink: float | None = None,
+    grow: float | None = None,
+    slope_rate: float | None = None,
+    slope_target: float | None = None,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`secondorder.lsr1` with the factors of its radius as settings of their own."""
-    factors = {"shrink": shrink, "grow": grow}
+    """`secondorder.lsr1` with the numbers of its radius rule as settings of their own."""
+    factors = {
+        "shrink": shrink,
+        "grow": grow,
+        "slope_rate": slope_rate,
+        "slope_target": slope_target,
+    }
     given = {name: factor for name, factor in factors.items() if factor is not None}
     if given:
         settings["radius_rule"] = of_package("RadiusRule")(**given)
@@ -309,7 +319,7 @@ _ALL = (
         factory=lsr1_factory,
         forwards_to=lambda: of_package("lsr1"),
         is_second_order=True,
-        extra_gradients=1,
+        work=lsr1_work,
     ),
     _package_method("hessian_free", "hf", "Hessian-free optimization (Martens 2010)"),
     _package_method(

@@ -244,6 +244,22 @@ def check_params(params: Any, method: str) -> None:
         raise ValueError(f"{method} needs the current `params`; call {_CALL}.")
 
 
+def check_has_arrays(params: Any, method: str) -> None:
+    """Raises if there is nothing to optimize.
+
+    This is for ``update``: ``init`` may be given a placeholder, as by `optax.tree_map_params`.
+
+    Args:
+      params: The parameters.
+      method: Name of the method, for the message.
+
+    Raises:
+      ValueError: If they are a tree without leaves.
+    """
+    if not jax.tree.leaves(params):
+        raise ValueError(f"{method}: `params` has no arrays, got {params!r}.")
+
+
 def check_value_fn(value_fn: Any, method: str, name: str = "value_fn") -> None:
     """Raises if no callable objective was passed to ``update``.
 

@@ -8,7 +8,7 @@ from secondorder.control.line_search import (
     best_stored,
     optimal_rate,
 )
-from secondorder.control.radius import RadiusRule, next_radius, reduction_ratio
+from secondorder.control.radius import RadiusRule, follow_slope, next_radius, reduction_ratio
 
 __all__ = [
     "DampingRule",
@@ -18,6 +18,7 @@ __all__ = [
     "StoredResult",
     "backtrack",
     "best_stored",
+    "follow_slope",
     "next_damping",
     "next_radius",
     "nielsen_damping",

@@ -19,8 +19,9 @@ from secondorder.methods.levenberg_marquardt import (
     LevenbergMarquardtState,
     levenberg_marquardt,
 )
-from secondorder.methods.lsr1 import LSR1Metrics, LSR1State, lsr1
+from secondorder.methods.lsr1 import lsr1
 from secondorder.methods.lsr1_direction import ScaleByLSR1Metrics, ScaleByLSR1State, scale_by_lsr1
+from secondorder.methods.lsr1_state import LSR1Metrics, LSR1State
 from secondorder.methods.positive_curvature import (
     PositiveCurvatureMetrics,
     ScaleByPositiveCurvatureState,

@@ -25,24 +25,32 @@ from jax.typing import DTypeLike
 
 from secondorder import tree as vectors
 from secondorder.checks import check_choice, check_flag, check_range, check_static_count
-from secondorder.control import RadiusRule, next_radius, reduction_ratio
+from secondorder.control import RadiusRule, follow_slope, next_radius, reduction_ratio
 from secondorder.methods.lsr1_model import (
     ModelKind,
+    Products,
     ScaleSetting,
     SR1Model,
     build_model,
     check_scale,
+    clear_empty,
+    products_of_newest,
 )
 from secondorder.methods.lsr1_pairs import (
     add_decay,
     can_be_stored,
+    coarsest_resolution,
+    curvature_gradients,
     make_pair,
     times,
     unless_unusable,
+    update_metric,
 )
-from secondorder.methods.lsr1_proposal import Proposal, propose
+from secondorder.methods.lsr1_proposal import LastStep, Proposal, propose
+from secondorder.methods.lsr1_state import LSR1State, no_metrics, report
 from secondorder.objective import (
     all_finite,
+    check_has_arrays,
     check_params,
     check_value_fn,
     value_and_aux,
@@ -69,64 +77,6 @@ _FULL_BATCH = _Defaults(
 )
 
 
-class LSR1Metrics(NamedTuple):
-    """What `lsr1` reports, all scalars.
-
-    Attributes:
-      ratio: Actual over predicted reduction of the last trial step.
-      step_norm: Length of that trial step.
-      scale: ``γ`` of its model.
-      smallest_eigenvalue: Of its matrix.
-      largest_eigenvalue: Of its matrix.
-      pairs_kept: Pairs that its matrix used, int32.
-      pairs_skipped: Pairs in the memory that it left out, int32.
-      rejections: Trial steps rejected since `init`, int32.
-      probes: Random trial steps at stationary points since `init`, int32.
-      restarts: How often the memory was emptied, int32.
-      nonfinite_steps: Batches whose value or gradient was not finite; they changed nothing.
-    """
-
-    ratio: jax.Array
-    step_norm: jax.Array
-    scale: jax.Array
-    smallest_eigenvalue: jax.Array
-    largest_eigenvalue: jax.Array
-    pairs_kept: jax.Array
-    pairs_skipped: jax.Array
-    rejections: jax.Array
-    probes: jax.Array
-    restarts: jax.Array
-    nonfinite_steps: jax.Array
-
-
-class LSR1State(NamedTuple):
-    """State of `lsr1`.
-
-    Attributes:
-      count: Updates so far, int32.
-      memory: The pairs.
-      radius: Of the trust region; with a penalty the inverse of its weight.
-      last_step: Length of the last step if it was accepted and is the newest pair, else 0.
-      rejected_in_a_row: Trial steps rejected since the last accepted one, int32.
-      largest_gradient: The largest gradient norm so far.
-      diagonal: Second moments of the gradient, like the parameters, or None.
-      value: With ``full_batch`` the value at the parameters after the step, else None.
-      grad: With ``full_batch`` the gradient there, else None.
-      metrics: What is reported.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
-    memory: PairMemory
-    radius: jax.Array
-    last_step: jax.Array
-    rejected_in_a_row: jax.Array
-    largest_gradient: jax.Array
-    diagonal: chex.ArrayTree | None
-    value: jax.Array | None
-    grad: chex.ArrayTree | None
-    metrics: LSR1Metrics
-
-
 def lsr1(
     *,
     memory_size: int | None = None,
@@ -140,6 +90,7 @@ def lsr1(
     diagonal: bool | None = None,
     diagonal_decay: chex.Numeric = 0.99,
     restart_after: chex.Numeric = 5,
+    update_every: int = 1,
     storage_dtype: DTypeLike | None = None,
     full_batch: bool = False,
     weight_decay: chex.Numeric = 0.0,
@@ -195,6 +146,9 @@ def lsr1(
         Adam: :math:`B_0 = \gamma D`, and regions are ellipsoids. Static.
       diagonal_decay: Decay of these moments, in [0, 1).
       restart_after: Empty the memory after so many rejections in a row.
+      update_every: Make a pair at every so many steps only, once the memory is full. Other steps
+        evaluate the objective at the trial point without its gradient, which saves about two
+        thirds of that evaluation. Static.
       storage_dtype: Of the stored vectors, such as ``jnp.bfloat16``; default float32 or wider.
       full_batch: Keep value and gradient at the accepted point in the state, for
         `optax.value_and_grad_from_state`; then an update costs one gradient in all. Static.
@@ -248,6 +202,9 @@ def lsr1(
     check_range("momentum", momentum, low=0, high=1)
     check_range("diagonal_decay", diagonal_decay, low=0, high=1)
     check_range("restart_after", restart_after, low=1)
+    check_static_count("update_every", update_every)
+    if full_batch and update_every > 1:
+        raise ValueError("`update_every` must be 1 with `full_batch`, which needs every gradient.")
     check_range("weight_decay", weight_decay, low=0)
     _check_kinds(radius_rule, storage_dtype, seed)
 
@@ -260,12 +217,14 @@ def lsr1(
             memory=vectors.init_pairs(params, memory_size, storage_dtype),
             radius=jnp.array(radius, dtype),  # a copy, as states may be donated
             last_step=jnp.zeros((), dtype),
+            last_slope=jnp.zeros((), dtype),
+            last_direction=jax.tree.map(jnp.copy, moments) if update_every > 1 else None,
             rejected_in_a_row=jnp.zeros((), jnp.int32),
             largest_gradient=jnp.zeros((), dtype),
             diagonal=moments if diagonal else None,
             value=jnp.asarray(jnp.inf, _value_dtype(params)) if full_batch else None,
             grad=jax.tree.map(lambda p: jnp.zeros_like(p, p.dtype), params) if full_batch else None,
-            metrics=_no_metrics(dtype),
+            metrics=no_metrics(dtype),
         )
 
     def update(
@@ -281,29 +240,33 @@ def lsr1(
     ) -> tuple[chex.ArrayTree, LSR1State]:
         del extra_args
         check_params(params, "lsr1")
+        check_has_arrays(params, "lsr1")
         check_value_fn(value_fn, "lsr1")
         objective: Any = value_fn
         grad = updates if grad is None else grad
         value = value_and_aux(objective)(params)[0] if value is None else value
         decayed_value, gradient = add_decay(value, grad, params, weight_decay)
-        usable = all_finite((decayed_value, gradient))
+        # A gradient whose square overflows has no model.
+        usable = all_finite((decayed_value, vectors.inner(gradient, gradient)))
+        is_due = update_every == 1 or _is_due(state, update_every)
 
         # 1. The model: diagonal metric, inner products with the memory, SR1.
-        second_moments, metric = _metric(state, gradient, usable, diagonal_decay)
+        second_moments, metric = update_metric(
+            state.diagonal, gradient, usable, diagonal_decay, state.count
+        )
         scaled = times(metric, gradient)
-        memory, products = vectors.project_on_pairs(state.memory, scaled)
-        gradient_square = vectors.inner(scaled, scaled)
-        sr1 = build_model(memory, products, gradient_square, scale, skip)
+        memory, sr1, last = _model(state, scaled, scale, skip)
 
-        # 2. The trial step.
-        largest_gradient = jnp.maximum(state.largest_gradient, jnp.sqrt(gradient_square))
+        # 2. The trial step, within a radius that the last one confirmed on this batch.
+        near = follow_slope(radius_rule, state.radius, state.last_slope, last.products.gradient)
+        largest_gradient = jnp.maximum(state.largest_gradient, jnp.sqrt(sr1.gradient_square))
         proposal = propose(
             model,
             sr1,
             memory,
             scaled,
-            state.radius,
-            state.last_step,
+            near,
+            last,
             momentum,
             decayed_value,
             largest_gradient,
@@ -313,11 +276,16 @@ def lsr1(
         trial = _rounded(optax.apply_updates(params, step))
 
         # 3. The objective there, on the same batch.
-        trial_value, trial_grad = value_and_grad(objective, trial)
+        trial_value, trial_grad = _evaluate(objective, trial, is_due)
         decayed_trial, trial_gradient = add_decay(trial_value, trial_grad, trial, weight_decay)
         moved = usable & (proposal.norm > 0)
         resolved = moved & all_finite((decayed_trial, trial_gradient))
-        ratio = reduction_ratio(decayed_value, decayed_trial, proposal.measures.decrease)
+        ratio = reduction_ratio(
+            decayed_value,
+            decayed_trial,
+            proposal.measures.decrease,
+            coarsest_resolution(value, trial_value),
+        )
         ratio = jnp.where(resolved, ratio, -jnp.inf)  # also if the gradient alone is not finite
         # A random step is no prediction: it must bring something.
         bar = jnp.where(proposal.is_probe, 1 + acceptance, acceptance)
@@ -326,27 +294,34 @@ def lsr1(
         # 4. The pair, of rejected steps too.
         before, after = gradient, trial_gradient
         if curvature_fn is not None:
-            before, after = _curvature_gradients(curvature_fn, params, trial, weight_decay)
+            before, after = _at_pairs(
+                is_due,
+                lambda: curvature_gradients(curvature_fn, params, trial, weight_decay),
+                (before, after),
+            )
         pair = make_pair(params, trial, before, after, metric, proposal.norm)
-        resolved &= can_be_stored(pair, memory)
-        memory = vectors.push_pair(memory, *pair, resolved)
+        stored = resolved & is_due & can_be_stored(pair, memory)
+        memory = vectors.push_pair(memory, *pair, stored)
 
         # 5. Radius and restart. A random step that failed says nothing of the region.
         in_a_row = jnp.where(accepted, 0, state.rejected_in_a_row + 1)
         restarts = in_a_row >= restart_after
-        steered = next_radius(radius_rule, state.radius, ratio, proposal.measures.length)
+        steered = next_radius(radius_rule, near, ratio, proposal.measures.length)
+        known = stored if update_every == 1 else True
         failed_probe = proposal.is_probe & ~accepted
         control = LSR1State(
             count=optax.safe_increment(state.count),
             memory=vectors.drop_pairs(memory, restarts & usable),
             radius=jnp.where(failed_probe | ~moved, state.radius, steered),
-            last_step=jnp.where(accepted & resolved, proposal.norm, 0),
+            last_step=jnp.where(accepted & known, proposal.norm, 0),
+            last_slope=jnp.where(accepted & known, proposal.slope, 0),
+            last_direction=_direction(proposal, state.last_direction),
             rejected_in_a_row=jnp.where(restarts, 0, in_a_row),
             largest_gradient=largest_gradient,
             diagonal=second_moments,
             value=jnp.where(accepted, trial_value, value) if full_batch else None,
             grad=_choose(accepted, trial_grad, grad, params) if full_batch else None,
-            metrics=_report(state.metrics, sr1, proposal, params, ratio, accepted, restarts),
+            metrics=report(state.metrics, sr1, proposal, params, is_due, ratio, accepted, restarts),
         )
         step = jax.tree.map(lambda p: jnp.where(accepted, p, jnp.zeros_like(p)), step)
         return step, unless_unusable(usable, control, state)
@@ -363,10 +338,58 @@ def _check_kinds(radius_rule: Any, storage_dtype: Any, seed: Any) -> None:
         raise ValueError(f"`seed` must be an integer, got {seed}.")
 
 
-def _no_metrics(dtype: Any) -> LSR1Metrics:
-    numbers = LSR1Metrics(*(jnp.zeros((), jnp.int32) for _ in LSR1Metrics._fields))
-    reals = ("ratio", "step_norm", "scale", "smallest_eigenvalue", "largest_eigenvalue")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
+def _is_due(state: LSR1State, update_every: int) -> jax.Array:
+    """Whether a step makes a pair: in its turn, or as long as the memory is not full."""
+    return (state.count % update_every == 0) | jnp.any(state.memory.numbers < 0)
+
+
+def _model(
+    state: LSR1State, gradient: chex.ArrayTree, scale: ScaleSetting, skip: chex.Numeric
+) -> tuple[PairMemory, SR1Model, LastStep]:
+    """The model, and what it has to know of the last step, in one pass over the memory."""
+    direction = state.last_direction
+    columns = [gradient] if direction is None else [gradient, direction]
+    memory, products = vectors.project_on_pairs(state.memory, *columns)
+    square = vectors.inner(gradient, gradient)
+    model = build_model(memory, products[:, 0], square, scale, skip)
+    if direction is None:
+        known = products_of_newest(model, vectors.newest_slot(memory))
+    else:
+        known = Products(
+            clear_empty(memory, products[:, 1]),
+            vectors.inner(gradient, direction),
+            vectors.inner(direction, direction),
+        )
+    return memory, model, LastStep(direction, known, state.last_step)
+
+
+def _direction(proposal: Proposal, like: chex.ArrayTree | None) -> chex.ArrayTree | None:
+    """The direction of a step, where the state keeps it."""
+    if like is None:
+        return None
+    factor = 1 / jnp.where(proposal.norm > 0, proposal.norm, 1)
+    return jax.tree.map(lambda s: factor * s, proposal.step)
+
+
+def _at_pairs(
+    is_due: bool | jax.Array, function: Callable[[], chex.ArrayTree], otherwise: chex.ArrayTree
+) -> chex.ArrayTree:
+    """What a function returns, at steps that write a pair; it is not evaluated at others."""
+    return function() if is_due is True else jax.lax.cond(is_due, function, lambda: otherwise)
+
+
+def _evaluate(
+    objective: Callable[[Any], Any], point: chex.ArrayTree, with_gradient: bool | jax.Array
+) -> tuple[jax.Array, chex.ArrayTree]:
+    """The value at a point, and the gradient where it is wanted, else zeros."""
+    if with_gradient is True:
+        return value_and_grad(objective, point)
+    return jax.lax.cond(
+        with_gradient,
+        lambda p: value_and_grad(objective, p),
+        lambda p: (value_and_aux(objective)(p)[0], jax.tree.map(jnp.zeros_like, p)),
+        point,
+    )
 
 
 def _choose(
@@ -388,63 +411,3 @@ def _rounded(params: chex.ArrayTree) -> chex.ArrayTree:
 def _value_dtype(params: chex.ArrayTree) -> Any:
     """What an objective returns that casts nothing; `optax.value_and_grad_from_state` compares."""
     return jnp.result_type(*(jax.tree.leaves(params) or [jnp.float32]))
-
-
-def _curvature_gradients(
-    curvature_fn: Callable[[Any], Any],
-    params: chex.ArrayTree,
-    trial: chex.ArrayTree,
-    weight_decay: chex.Numeric,
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """The gradients of another objective at both points."""
-    check_value_fn(curvature_fn, "lsr1", "curvature_fn")
-    before, after = (
-        add_decay(*value_and_grad(curvature_fn, point), point, weight_decay)[1]
-        for point in (params, trial)
-    )
-    return before, after
-
-
-def _metric(
-    state: LSR1State, gradient: chex.ArrayTree, usable: jax.Array, decay: chex.Numeric
-) -> tuple[chex.ArrayTree | None, chex.ArrayTree | None]:
-    r"""The second moments of the gradient, and ``D^{-1/2}`` with ``D`` their roots."""
-    if state.diagonal is None:
-        return None, None
-    moments = jax.tree.map(
-        lambda v, g: jnp.where(usable, decay * v + (1 - decay) * g**2, v), state.diagonal, gradient
-    )
-    correction = 1 - jnp.asarray(decay, state.radius.dtype) ** (state.count + 1)
-    tiny = 1e-8  # as in Adam
-    return moments, jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v / correction) + tiny), moments)
-
-
-def _report(
-    metrics: LSR1Metrics,
-    model: SR1Model,
-    proposal: Proposal,
-    params: chex.ArrayTree,
-    ratio: jax.Array,
-    accepted: jax.Array,
-    restarts: jax.Array,
-) -> LSR1Metrics:
-    quadratic, used = model.quadratic, model.matrix.used
-    stored = jnp.sum(jnp.diagonal(model.gram)[: len(used)] > 0, dtype=jnp.int32)
-    kept = jnp.sum(used, dtype=jnp.int32)
-    # Outside the span of the pairs all eigenvalues are ``γ``, if there is an outside.
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    known = jnp.append(quadratic.kept, jnp.sum(quadratic.kept) < size)
-    values = jnp.append(quadratic.eigenvalues, quadratic.complement)
-    return LSR1Metrics(
-        ratio=ratio.astype(metrics.ratio.dtype),
-        step_norm=proposal.norm,
-        scale=quadratic.complement,
-        smallest_eigenvalue=jnp.min(values, where=known, initial=jnp.inf),
-        largest_eigenvalue=jnp.max(values, where=known, initial=-jnp.inf),
-        pairs_kept=kept,
-        pairs_skipped=stored - kept,
-        rejections=metrics.rejections + ~accepted,
-        probes=metrics.probes + proposal.is_probe,
-        restarts=metrics.restarts + restarts,
-        nonfinite_steps=metrics.nonfinite_steps,
-    )

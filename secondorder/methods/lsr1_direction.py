@@ -22,8 +22,20 @@ from secondorder.methods.lsr1_model import (
     curvature_along,
     solve_model,
 )
-from secondorder.methods.lsr1_pairs import add_decay, can_be_stored, make_pair, unless_unusable
-from secondorder.objective import all_finite, check_params, check_value_fn, value_and_grad
+from secondorder.methods.lsr1_pairs import (
+    add_decay,
+    can_be_stored,
+    coarsest_resolution,
+    make_pair,
+    unless_unusable,
+)
+from secondorder.objective import (
+    all_finite,
+    check_has_arrays,
+    check_params,
+    check_value_fn,
+    value_and_grad,
+)
 from secondorder.sharding import shard_like
 from secondorder.tree import PairMemory
 
@@ -151,16 +163,20 @@ def scale_by_lsr1(
     ) -> tuple[chex.ArrayTree, ScaleByLSR1State]:
         del extra_args
         check_params(params, "scale_by_lsr1")
+        check_has_arrays(params, "scale_by_lsr1")
         check_value_fn(value_fn, "scale_by_lsr1")
         objective: Any = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_lsr1", "curvature_fn")
 
         # 1. Both ends of the last step, on the present batch.
         previous = state.previous_params
-        value, gradient = add_decay(*value_and_grad(objective, params), params, 0)
-        old_value, old_gradient = add_decay(*value_and_grad(objective, previous), previous, 0)
+        here, there = (value_and_grad(objective, point) for point in (params, previous))
+        resolution = coarsest_resolution(here[0], there[0])
+        value, gradient = add_decay(*here, params, 0)
+        old_value, old_gradient = add_decay(*there, previous, 0)
         direction = jax.tree.map(lambda u, g: shard_like(u.astype(g.dtype), g), updates, gradient)
-        usable = all_finite((direction, value, gradient, old_value, old_gradient))
+        square = vectors.inner(direction, direction)  # infinite if anything in it is
+        usable = all_finite((square, value, gradient, old_value, old_gradient))
 
         # 2. The pair along it, and all inner products.
         norm = _distance(params, previous)
@@ -172,15 +188,14 @@ def scale_by_lsr1(
         # 3. How well the last model foresaw the step decides the regularization.
         slope = norm * vectors.inner(old_gradient, pair[0])
         predicted = _foreseen(memory, state.metrics.scale, skip, slope, norm)
-        ratio = reduction_ratio(old_value, value, predicted)
+        ratio = reduction_ratio(old_value, value, predicted, resolution)
         steered = next_radius(radius_rule, state.radius, ratio, state.radius)
         next_one = jnp.where(moved, steered, state.radius)
 
         # 4. The direction of the new model.
-        square = vectors.inner(direction, direction)
-        model = build_model(memory, products, square, scale, skip)
+        model = build_model(memory, products[:, 0], square, scale, skip)
         step, measures = solve_model("regularized", model.quadratic, next_one)
-        scaled = assemble(as_combination(model, step), memory, direction)
+        scaled = assemble(as_combination(model, step), memory, direction, None)
         new_state = ScaleByLSR1State(
             count=optax.safe_increment(state.count),
             memory=memory,

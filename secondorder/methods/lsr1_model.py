@@ -49,10 +49,26 @@ class Combination(NamedTuple):
     Attributes:
       stored: Coefficients ``(2 m,)``.
       gradient: Coefficient, a scalar.
+      last: Coefficient of the direction of the last step, a scalar.
     """
 
     stored: jax.Array
     gradient: jax.Array
+    last: jax.Array
+
+
+class Products(NamedTuple):
+    """The inner products of one vector, which is all that the model needs to know of it.
+
+    Attributes:
+      stored: With the stored vectors ``(2 m,)``, zero for empty slots.
+      gradient: With the gradient.
+      square: With itself.
+    """
+
+    stored: jax.Array
+    gradient: jax.Array
+    square: jax.Array
 
 
 class Measures(NamedTuple):
@@ -121,7 +137,7 @@ def build_model(
       The model. Without pairs ``γ`` is 0: all that is known is the gradient.
     """
     filled = jnp.tile(memory.numbers >= 0, 2)
-    products = jnp.where(filled, products.astype(memory.gram.dtype), 0)
+    products = clear_empty(memory, products)
     matrix = build_matrix(memory, scale, skip)
     basis = solvers.sr1_eigenbasis(matrix)
     coordinates = matmul(basis.directions.T, _residual_products(matrix, products))
@@ -140,6 +156,20 @@ def build_model(
         products=products,
         gradient_square=square,
     )
+
+
+def clear_empty(memory: vectors.PairMemory, products: jax.Array) -> jax.Array:
+    """Clears the products of stored vectors with anything, where a slot is empty.
+
+    Args:
+      memory: The memory.
+      products: Array ``(2 m,)``.
+
+    Returns:
+      The products, in the dtype of the Gram matrix.
+    """
+    filled = jnp.tile(memory.numbers >= 0, 2)
+    return jnp.where(filled, products.astype(memory.gram.dtype), 0)
 
 
 def solve_model(
@@ -185,63 +215,105 @@ def as_combination(model: SR1Model, step: solvers.ModelStep) -> Combination:
     normal = model.quadratic.complement_gradient
     b = jnp.where(normal > 0, step.complement / jnp.where(normal > 0, normal, 1), 0)
     c = matmul(model.directions, step.coordinates - b * model.quadratic.gradient)
-    return Combination(jnp.concatenate([-model.matrix.scale * c, c]), b)
+    return Combination(jnp.concatenate([-model.matrix.scale * c, c]), b, jnp.zeros_like(b))
 
 
-def blend(
-    combination: Combination, index: jax.Array, length: jax.Array, share: chex.Numeric
-) -> Combination:
-    """Mixes a stored vector into a step: ``(1 - share) p + share length v``.
+def products_of_newest(model: SR1Model, slot: jax.Array) -> Products:
+    """The products of the newest stored step, all of which are known.
+
+    Args:
+      model: The model.
+      slot: Where the step is stored.
+
+    Returns:
+      Its products.
+    """
+    return Products(model.gram[slot], model.products[slot], model.gram[slot, slot])
+
+
+def slope_of(model: SR1Model, combination: Combination, last: Products) -> jax.Array:
+    """The product of a combination with the gradient.
+
+    Args:
+      model: The model.
+      combination: Any vector of the span.
+      last: The products of the direction of the last step.
+
+    Returns:
+      A scalar.
+    """
+    stored, b, c = combination
+    return inner(stored, model.products) + b * model.gradient_square + c * last.gradient
+
+
+def products_of(model: SR1Model, combination: Combination, last: Products) -> Products:
+    """The products of a combination.
+
+    Args:
+      model: The model.
+      combination: Any vector of the span.
+      last: The products of the direction of the last step.
+
+    Returns:
+      Its products.
+    """
+    stored, b, c = combination
+    along = matmul(model.gram, stored) + b * model.products + c * last.stored
+    slope = slope_of(model, combination, last)
+    square = inner(stored, along) + b * slope
+    square += c * (inner(stored, last.stored) + b * last.gradient + c * last.square)
+    return Products(along, slope, square)
+
+
+def blend(combination: Combination, length: jax.Array, share: chex.Numeric) -> Combination:
+    """Mixes the last step into another: ``(1 - share) p + share length u``.
 
     Args:
       combination: The step ``p``.
-      index: Which stored vector.
-      length: How much of it.
+      length: Length of the last step, which has the direction ``u``.
       share: In [0, 1).
 
     Returns:
       The mixture.
     """
-    at = jnp.arange(len(combination.stored)) == index
-    stored = (1 - share) * combination.stored + jnp.where(at, share * length, 0)
-    return Combination(stored, (1 - share) * combination.gradient)
+    stored, gradient, last = ((1 - share) * coefficients for coefficients in combination)
+    return Combination(stored, gradient, last + share * length)
 
 
-def norm_of(model: SR1Model, combination: Combination) -> jax.Array:
-    """The Euclidean norm of a combination.
+def scaled_by(factor: jax.Array, products: Products) -> Products:
+    """The products of a multiple of a vector.
 
     Args:
-      model: The model.
-      combination: Any vector of the span.
+      factor: The factor.
+      products: The products of the vector.
 
     Returns:
-      A scalar.
+      Those of the multiple.
     """
-    stored, b = combination
-    square = inner(stored, matmul(model.gram, stored))
-    cross = 2 * b * inner(stored, model.products)
-    return jnp.sqrt(jnp.maximum(square + cross + b**2 * model.gradient_square, 0))
+    return Products(
+        factor * products.stored, factor * products.gradient, factor**2 * products.square
+    )
 
 
-def decrease_of(model: SR1Model, combination: Combination) -> jax.Array:
-    """The decrease of the quadratic model along any combination.
+def decrease_of(model: SR1Model, products: Products) -> jax.Array:
+    """The decrease of the quadratic model along a vector.
 
     Args:
       model: The model.
-      combination: Any vector of the span.
+      products: Of the vector ``p``.
 
     Returns:
       ``-(gᵀp + pᵀBp/2)``, a scalar.
     """
-    stored, b = combination
-    slope = inner(stored, model.products) + b * model.gradient_square
-    projected = matmul(model.gram, stored) + b * model.products
-    bend = curvature_along(model.matrix, projected, norm_of(model, combination) ** 2)
-    return -(slope + bend / 2)
+    bend = curvature_along(model.matrix, products.stored, products.square)
+    return -(products.gradient + bend / 2)
 
 
 def assemble(
-    combination: Combination, memory: vectors.PairMemory, gradient: chex.ArrayTree
+    combination: Combination,
+    memory: vectors.PairMemory,
+    gradient: chex.ArrayTree,
+    last: chex.ArrayTree | None,
 ) -> chex.ArrayTree:
     """The vector that a combination stands for, in one pass over the memory.
 
@@ -249,14 +321,20 @@ def assemble(
       combination: Coefficients.
       memory: The memory.
       gradient: The gradient, a pytree of arrays.
+      last: The direction of the last step; None if it is the newest stored step.
 
     Returns:
       A pytree like the gradient.
     """
-    stored = vectors.combine_pairs(combination.stored, memory)
-    return jax.tree.map(
-        lambda p, g: (p + combination.gradient * g).astype(g.dtype), stored, gradient
-    )
+    coefficients, b, c = combination
+    if last is None:
+        at = jnp.arange(len(coefficients)) == vectors.newest_slot(memory)
+        coefficients = coefficients + jnp.where(at, c, 0)
+    stored = vectors.combine_pairs(coefficients, memory)
+    step = jax.tree.map(lambda p, g: p + b * g, stored, gradient)
+    if last is not None:
+        step = jax.tree.map(lambda p, u: p + c * u, step, last)
+    return jax.tree.map(lambda p, g: p.astype(g.dtype), step, gradient)
 
 
 def check_scale(scale: ScaleSetting) -> None:

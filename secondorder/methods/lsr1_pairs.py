@@ -1,5 +1,6 @@
-"""What both forms of L-SR1 do at a step: gradients with weight decay, pairs, unusable batches."""
+"""What L-SR1 does to gradients at a step: weight decay, the metric, pairs, unusable batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from secondorder import tree as vectors
 from secondorder.checks import is_number
-from secondorder.objective import all_finite
+from secondorder.objective import all_finite, check_value_fn, value_and_grad
 from secondorder.sharding import shard_like
 from secondorder.tree import PairMemory
 
@@ -36,6 +37,52 @@ def add_decay(
     return value, jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), grad, params)
 
 
+def coarsest_resolution(*values: Any) -> float:
+    """Relative spacing of numbers in the narrowest of some dtypes.
+
+    Args:
+      *values: Values of the objective as they were computed, before anything widens them.
+
+    Returns:
+      A plain number.
+    """
+    dtypes = [jnp.result_type(value) for value in values]
+    return max(
+        float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+        for dtype in dtypes
+        if jnp.issubdtype(dtype, jnp.floating)
+    )
+
+
+def update_metric(
+    moments: chex.ArrayTree | None,
+    gradient: chex.ArrayTree,
+    usable: jax.Array,
+    decay: chex.Numeric,
+    count: jax.Array,
+) -> tuple[chex.ArrayTree | None, chex.ArrayTree | None]:
+    """The second moments of the gradient, and ``D^{-1/2}`` with ``D`` their roots.
+
+    Args:
+      moments: The moments before this step, or None for the metric of the identity.
+      gradient: The gradient.
+      usable: Whether it is finite; the moments stay if not.
+      decay: Of the moments.
+      count: Steps before this one, which correct the bias.
+
+    Returns:
+      The new moments and ``D^{-1/2}``, or None twice.
+    """
+    if moments is None:
+        return None, None
+    moments = jax.tree.map(
+        lambda v, g: jnp.where(usable, decay * v + (1 - decay) * g**2, v), moments, gradient
+    )
+    correction = 1 - jnp.asarray(decay, vectors.accumulation_dtype(gradient)) ** (count + 1)
+    tiny = 1e-8  # as in Adam
+    return moments, jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v / correction) + tiny), moments)
+
+
 def times(metric: chex.ArrayTree | None, vector: chex.ArrayTree) -> chex.ArrayTree:
     """Multiplies by a diagonal.
 
@@ -47,6 +94,34 @@ def times(metric: chex.ArrayTree | None, vector: chex.ArrayTree) -> chex.ArrayTr
       The product.
     """
     return vector if metric is None else jax.tree.map(jnp.multiply, metric, vector)
+
+
+def curvature_gradients(
+    curvature_fn: Callable[[Any], Any],
+    params: chex.ArrayTree,
+    trial: chex.ArrayTree,
+    weight_decay: chex.Numeric,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """The gradients of another objective at both points.
+
+    Args:
+      curvature_fn: The objective.
+      params: The first point.
+      trial: The second point.
+      weight_decay: Coefficient of the term that is added to it.
+
+    Returns:
+      Both gradients, float32 or wider.
+
+    Raises:
+      TypeError: If ``curvature_fn`` is no callable.
+    """
+    check_value_fn(curvature_fn, "lsr1", "curvature_fn")
+    before, after = (
+        add_decay(*value_and_grad(curvature_fn, point), point, weight_decay)[1]
+        for point in (params, trial)
+    )
+    return before, after
 
 
 def make_pair(
@@ -82,7 +157,7 @@ def make_pair(
 
 
 def can_be_stored(pair: tuple[chex.ArrayTree, chex.ArrayTree], memory: PairMemory) -> jax.Array:
-    """Whether the dtypes of the parameters and of the memory leave a step, and finite vectors.
+    """Whether the dtypes of the parameters and of the memory leave a step, and finite products.
 
     Args:
       pair: ``s`` and ``y``.
@@ -95,7 +170,8 @@ def can_be_stored(pair: tuple[chex.ArrayTree, chex.ArrayTree], memory: PairMemor
         jax.tree.map(lambda v, rows: v.astype(rows.dtype), vector, stack)
         for vector, stack in zip(pair, memory.vectors, strict=True)
     )
-    return all_finite((s, y)) & (vectors.inner(s, s) > 0)
+    squares = vectors.inner(s, s), vectors.inner(y, y)
+    return all_finite(squares) & (squares[0] > 0)
 
 
 def unless_unusable(usable: jax.Array, new: Any, old: Any) -> Any:

@@ -13,17 +13,34 @@ from secondorder.methods.lsr1_model import (
     Combination,
     Measures,
     ModelKind,
+    Products,
     SR1Model,
     as_combination,
     assemble,
     blend,
     decrease_of,
-    norm_of,
+    products_of,
+    scaled_by,
+    slope_of,
     solve_model,
 )
 from secondorder.sharding import shard_like
 from secondorder.solvers import step_norm
 from secondorder.tree import PairMemory
+
+
+class LastStep(NamedTuple):
+    """The step before this one, if it was taken.
+
+    Attributes:
+      direction: Its direction, like the parameters; None if it is the newest stored step.
+      products: Products of the direction.
+      length: Its length, 0 if it was not taken.
+    """
+
+    direction: chex.ArrayTree | None
+    products: Products
+    length: jax.Array
 
 
 class Proposal(NamedTuple):
@@ -32,12 +49,14 @@ class Proposal(NamedTuple):
     Attributes:
       step: A pytree like the parameters.
       norm: Its Euclidean length.
+      slope: Product of its direction with the gradient; 0 if it is random.
       measures: Its length in the norm of the region, and the decrease that is predicted.
       is_probe: Whether it is random.
     """
 
     step: chex.ArrayTree
     norm: jax.Array
+    slope: jax.Array
     measures: Measures
     is_probe: jax.Array
 
@@ -48,7 +67,7 @@ def propose(
     memory: PairMemory,
     gradient: chex.ArrayTree,
     radius: jax.Array,
-    last_step: jax.Array,
+    last: LastStep,
     momentum: chex.Numeric,
     value: jax.Array,
     largest_gradient: jax.Array,
@@ -62,7 +81,7 @@ def propose(
       memory: The memory that it is made of.
       gradient: The gradient.
       radius: Radius of the region; for penalties the inverse of their weight.
-      last_step: Length of the newest pair's step, if that was the last step, else 0.
+      last: The last step.
       momentum: Share of the last step in this one.
       value: Of the objective. A step that promises less than its rounding promises nothing.
       largest_gradient: The largest gradient norm so far: what vanishes is judged by it.
@@ -75,8 +94,9 @@ def propose(
     combination, norm = as_combination(model, step), step_norm(step)
     if not (is_number(momentum) and momentum == 0):
         combination, norm, measures = _add_momentum(
-            kind, model, memory, combination, norm, measures, radius, last_step, momentum
+            kind, model, combination, norm, measures, radius, last, momentum
         )
+    slope = slope_of(model, combination, last.products) / jnp.where(norm > 0, norm, 1)
     eps = float(np.finfo(norm.dtype).eps)
     stationary = jnp.sqrt(model.gradient_square) <= eps * largest_gradient
     # The Barzilai-Borwein scale of a single pair makes an eigenvalue that is zero but for rounding.
@@ -92,11 +112,12 @@ def propose(
         is_probe,
         lambda vector: _random_step(key, vector, radius),
         lambda vector: vector,
-        assemble(combination, memory, gradient),
+        assemble(combination, memory, gradient, last.direction),
     )
     return Proposal(
         step=vector,
         norm=jnp.where(is_probe, radius, norm),
+        slope=jnp.where(is_probe | (norm == 0), 0, slope),
         measures=Measures(
             jnp.where(is_probe, radius, measures.length),
             jnp.where(is_probe, 0, measures.decrease),
@@ -108,27 +129,27 @@ def propose(
 def _add_momentum(
     kind: ModelKind,
     model: SR1Model,
-    memory: PairMemory,
     combination: Combination,
     norm: jax.Array,
     measures: Measures,
     radius: jax.Array,
-    last_step: jax.Array,
+    last: LastStep,
     momentum: chex.Numeric,
 ) -> tuple[Combination, jax.Array, Measures]:
     """Blends the last step in, if the model promises a decrease along the mixture too."""
-    mixed = blend(combination, vectors.newest_slot(memory), last_step, momentum)
-    mixed_norm = norm_of(model, mixed)
+    mixed = blend(combination, last.length, momentum)
+    products = products_of(model, mixed, last.products)
+    mixed_norm = jnp.sqrt(jnp.maximum(products.square, 0))
     is_region = kind in ("trust_region", "shape_changing")
     if is_region:
         factor = jnp.minimum(1, radius / jnp.where(mixed_norm > 0, mixed_norm, 1))
         mixed = jax.tree.map(lambda c: factor * c, mixed)
-        mixed_norm = factor * mixed_norm
-    decrease = decrease_of(model, mixed)
+        mixed_norm, products = factor * mixed_norm, scaled_by(factor, products)
+    decrease = decrease_of(model, products)
     if kind == "cubic":
         decrease -= mixed_norm**3 / (3 * radius)
     # A share that is traced may be zero, and then nothing is clipped either.
-    use = (momentum > 0) & (last_step > 0) & (decrease > 0)
+    use = (momentum > 0) & (last.length > 0) & (decrease > 0)
     length = mixed_norm if is_region else measures.length
     return jax.tree.map(
         lambda new, old: jnp.where(use, new, old),

@@ -86,31 +86,31 @@ def newest_slot(memory: PairMemory) -> jax.Array:
     return (memory.written - 1) % len(memory.numbers)
 
 
-def project_on_pairs(memory: PairMemory, vector: chex.ArrayTree) -> tuple[PairMemory, jax.Array]:
-    """Multiplies all stored vectors with one, and completes the Gram matrix, in one pass.
+def project_on_pairs(memory: PairMemory, *columns: chex.ArrayTree) -> tuple[PairMemory, jax.Array]:
+    """Multiplies all stored vectors with some others, and completes the Gram matrix, in one pass.
 
     Args:
       memory: A memory of ``m`` pairs.
-      vector: A pytree of arrays, sharded as the parameters.
+      *columns: ``j`` vectors, pytrees of arrays, sharded as the parameters.
 
     Returns:
-      The memory with its whole Gram matrix, and the products ``(2 m,)``.
+      The memory with its whole Gram matrix, and the products ``(2 m, j)``.
 
     Example:
       >>> memory = push_pair(init_pairs(jnp.ones(2), 1), jnp.array([2.0, 0.0]), jnp.ones(2), True)
       >>> memory, products = project_on_pairs(memory, jnp.array([1.0, 10.0]))
-      >>> products.tolist(), memory.gram.tolist()
+      >>> products[:, 0].tolist(), memory.gram.tolist()
       ([2.0, 11.0], [[4.0, 2.0], [2.0, 2.0]])
     """
     slot, size = newest_slot(memory), len(memory.numbers)
-    columns = [*(read(stack, slot) for stack in memory.vectors), vector]
-    products = jnp.concatenate([project(stack, columns) for stack in memory.vectors])
+    newest = [read(stack, slot) for stack in memory.vectors]
+    products = jnp.concatenate([project(stack, [*newest, *columns]) for stack in memory.vectors])
     gram = memory.gram
     for column, place in enumerate((slot, size + slot)):
         at = jnp.arange(2 * size) == place
         row = products[:, column].astype(gram.dtype)
         gram = jnp.where(at[:, None], row, jnp.where(at, row[:, None], gram))
-    return memory._replace(gram=gram), products[:, 2]
+    return memory._replace(gram=gram), products[:, 2:]
 
 
 def combine_pairs(coefficients: jax.Array, memory: PairMemory) -> chex.ArrayTree:

@@ -129,6 +129,20 @@ def test_impossible_limits(limits):
         RunOptions(PROBLEM, METHODS["sgd"], **limits)
 
 
+@pytest.mark.parametrize(
+    ("settings", "gradients"),
+    [
+        ({}, 5 + 5),
+        # Pairs at the steps 0, 1 and 3; at the other two a third of a gradient each.
+        ({"memory_size": 2, "update_every": 3}, 5 + 3 + 2 / 3),
+    ],
+)
+def test_gradients_at_trial_points_are_counted(splits, settings, gradients):
+    overrides = {"update_every": 1, **settings}
+    (record,) = run(splits, METHODS["lsr1"], epochs=1, batch_size=50, overrides=overrides).epochs()
+    assert record.gradients == pytest.approx(gradients, rel=1e-4)
+
+
 def test_gradients_of_line_searches_are_counted(splits):
     """As many as a loop written by hand reads from the state of `optax.lbfgs`."""
     (record,) = run(splits, METHODS["lbfgs"], epochs=1, batch_size=50).epochs()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import secondorder as so
-from secondorder.control import next_radius, reduction_ratio
+from secondorder.control import follow_slope, next_radius, reduction_ratio
 
 # As in the textbook, and bounds that are in reach.
 RULE = so.RadiusRule(
@@ -58,6 +58,24 @@ def test_half_precision_is_widened():
     ratio = ratio_of(2.0, 1.0, 2.0, dtype=jnp.bfloat16)
     assert ratio.dtype == jnp.float32
     np.testing.assert_allclose(ratio, 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_noise_floor_follows_the_precision_of_the_computation(dtype):
+    """A value that was rounded to half precision and widened since is no better for it."""
+    eps = float(jnp.finfo(dtype).eps)
+    numbers = [jnp.float32(x) for x in (1.0, 1.0 + eps, eps / 4)]
+    assert reduction_ratio(*numbers) < -2
+    assert reduction_ratio(*numbers, eps) > 0.8
+    # A gain that is far above this noise is judged as ever.
+    np.testing.assert_allclose(
+        reduction_ratio(jnp.float32(1e3), jnp.float32(0.0), jnp.float32(4e3), 1e-5), 0.25, rtol=1e-3
+    )
+
+
+def test_noise_floor_is_never_finer_than_the_dtype():
+    numbers = [jnp.float32(x) for x in (1.0, 1.0, 1e-8)]
+    assert reduction_ratio(*numbers, 1e-16) == reduction_ratio(*numbers)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -133,9 +151,53 @@ def test_radius_keeps_its_dtype(x64, dtype):
             assert not radius.weak_type
 
 
+# The slope on the next batch.
+
+FOLLOW = so.RadiusRule(slope_rate=0.5, slope_target=0.2, smallest=0.1, largest=10.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [
+        (-2.0, -2.0, 1.0),  # still descending as steeply
+        (-2.0, -1.0, 0.5),
+        (-2.0, 0.0, 0.0),
+        (-2.0, 1.0, -0.5),  # the step was too long for this batch
+        (-2.0, -9.0, 1.0),  # shares are clipped
+        (-2.0, 9.0, -1.0),
+        (-2.0, np.inf, -1.0),
+        (-1e-30, -1e-30, 1.0),
+    ],
+)
+def test_radius_follows_the_slope_that_is_left(before, after, share):
+    found = follow_slope(FOLLOW, jnp.float32(2.0), jnp.float32(before), jnp.float32(after))
+    np.testing.assert_allclose(found, 2 * np.exp(0.5 * (share - 0.2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, -1.0), (1.0, -1.0), (-1.0, np.nan)])
+def test_without_a_slope_to_compare_with_the_radius_stays(before, after):
+    radius = jnp.float32(2.0)
+    assert follow_slope(FOLLOW, radius, jnp.float32(before), jnp.float32(after)) == radius
+
+
+def test_a_rate_of_zero_follows_nothing_if_it_is_traced_too():
+    slopes = jnp.float32(-2.0), jnp.float32(1.0)
+    for rate in (0.0, jnp.float32(0.0)):
+        rule = so.RadiusRule(slope_rate=rate)
+        assert follow_slope(rule, jnp.float32(2.0), *slopes) == 2
+
+
+def test_followed_radius_stays_within_its_bounds():
+    slopes = jnp.float32(-1.0), jnp.float32(-1.0)
+    assert follow_slope(FOLLOW, jnp.float32(9.0), *slopes) == 10
+    assert follow_slope(FOLLOW, jnp.float32(0.11), slopes[0], -slopes[1]) == np.float32(0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("slope_rate", -0.1), ("slope_rate", np.nan),
+        ("slope_target", -1.1), ("slope_target", 1.1),
         ("shrink", 0.0), ("shrink", 1.0), ("shrink", np.nan), ("grow", 0.9),
         ("shrink_below", -0.1), ("shrink_below", 1.0), ("grow_above", -0.1), ("grow_above", 1.0),
         ("reach", 0.0), ("smallest", 0.0), ("largest", -1.0),

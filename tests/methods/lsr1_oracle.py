@@ -27,6 +27,9 @@ DEFAULTS = {
     "diagonal": False,
     "diagonal_decay": 0.99,
     "restart_after": 5,
+    "update_every": 1,
+    "slope_rate": 0.0,
+    "slope_target": 0.0,
     "weight_decay": 0.0,
 }
 REDUNDANT = 1e-6  # what a Gram matrix in double precision resolves
@@ -41,6 +44,7 @@ class Oracle:
         self.__dict__.update(DEFAULTS | settings)
         self.pairs = []  # oldest first
         self.last = None  # the last step, if it was taken
+        self.slope = 0.0  # along it, at its start
         self.in_a_row = 0
         self.count = 0
         self.moments = 0.0
@@ -51,6 +55,7 @@ class Oracle:
         """``objective`` and ``curvature`` map a point to value and gradient."""
         value, g = self.decayed(objective, x)
         root = self.metric(g)
+        self.follow(g / root)
         p, length, decrease = self.propose(g / root)
         trial = x + p / root
         trial_value, trial_g = self.decayed(objective, trial)
@@ -59,7 +64,8 @@ class Oracle:
         ratio = ratio if finite else -np.inf
         self.events["not finite"] += not finite
         accepted = ratio > self.acceptance
-        if finite:
+        is_filling = len(self.pairs) < self.memory_size
+        if finite and (is_filling or self.count % self.update_every == 0):
             before, after = (
                 (g, trial_g)
                 if curvature is None
@@ -69,11 +75,19 @@ class Oracle:
             self.pairs = [*self.pairs, (root * s, (after - before) / root)][-self.memory_size :]
             self.events["wrapped"] += len(self.pairs) == self.memory_size
         self.events["accepted" if accepted else "rejected"] += 1
-        self.last = p if accepted else None
+        self.last, self.slope = (p, g / root @ p) if accepted else (None, 0.0)
         self.steer(ratio, length, accepted)
         self.metrics |= {"ratio": ratio, "step_norm": np.linalg.norm(p)}
         self.count += 1
         return accepted * (p / root)
+
+    def follow(self, g):
+        """The radius in view of the slope that the last step left."""
+        if self.last is None or self.slope >= 0:
+            return
+        share = np.clip(g @ self.last / self.slope, -1, 1)
+        self.events["overshot"] += share < 0
+        self.radius *= np.exp(self.slope_rate * (share - self.slope_target))
 
     def decayed(self, objective, x):
         value, gradient = objective(x)

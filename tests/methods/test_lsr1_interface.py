@@ -217,7 +217,9 @@ def test_it_models_the_gradient_that_it_is_given_and_not_the_updates():
 def test_the_radius_of_the_state_is_a_copy():
     """The state may be donated, with injected hyperparameters next to it."""
     radius = jnp.float32(0.3)
-    injected = optax.inject_hyperparams(so.lsr1, static_args=("memory_size", "full_batch"))
+    injected = optax.inject_hyperparams(
+        so.lsr1, static_args=("memory_size", "full_batch", "update_every")
+    )
     for tx in (so.lsr1(radius=radius), injected(radius=radius)):
         state = tx.init(PARAMS)
         pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]

@@ -240,6 +240,75 @@ def test_objectives_of_any_scale_take_the_same_path(run, scale):
         assert all_finite((params, state))
 
 
+def make_extreme_step(tx):
+    @jax.jit
+    def step(params, state, scale):
+        def objective(p):
+            return scale * jnp.sum((p - 1) ** 2)
+
+        value, grad = jax.value_and_grad(objective)(params)
+        updates, state = tx.update(grad, state, params, value=value, value_fn=objective)
+        return updates, state, value, objective(params + updates)
+
+    return step
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_gradients_whose_squares_overflow_change_only_a_counter(diagonal):
+    """They are finite, but no model can be made of them."""
+    tx, params = lsr1(diagonal=diagonal), jnp.zeros(3)
+    step, state = make_extreme_step(tx), tx.init(params)
+    updates, state, value, _ = step(params, state, 1.0)
+    params += updates
+    assert updates.all()
+    assert np.isfinite(value)
+    updates, after, value, _ = step(params, state, 1e25)
+    assert np.isfinite(value)
+    assert not updates.any()
+    counted = state.metrics._replace(nonfinite_steps=state.metrics.nonfinite_steps + 1)
+    assert identical(without_gram(after), without_gram(state._replace(metrics=counted)))
+    updates, after, value, new = step(params, after, 1.0)
+    assert new < value
+    assert all_finite(after)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-30])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_gradients_whose_squares_underflow_never_lead_up(diagonal, scale):
+    """They count as zero: the steps are random ones, of which those that lead down are taken."""
+    tx, params = lsr1(diagonal=diagonal), jnp.zeros(3)
+    step, state = make_extreme_step(tx), tx.init(params)
+    for _ in range(12):
+        updates, state, value, new = step(params, state, scale)
+        assert new <= value
+        params += updates
+    assert all_finite((params, state))
+    assert state.metrics.probes > 0
+    # It goes on where the scale is one again, but for the region that those steps tell nothing of.
+    before = float(jnp.sum((params - 1) ** 2))
+    for _ in range(6):
+        updates, state, _, new = step(params, state, 1.0)
+        params += updates
+    assert new < 0.1 * before
+
+
+def test_a_value_in_half_precision_has_its_own_noise():
+    """What it cannot resolve is no failure of the model, whatever the dtype of the parameters."""
+
+    def objective(p):
+        return (1 + jnp.sum(p**2)).astype(value_dtype)
+
+    tx, params, found = lsr1(radius=1e-3), jnp.array([0.02, 0.01]), {}
+    for value_dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        value, grad = jax.value_and_grad(objective)(params)
+        updates, state = tx.update(grad, tx.init(params), params, value=value, value_fn=objective)
+        found[value_dtype] = float(state.metrics.ratio)
+        assert updates.all()
+        assert state.radius >= 1e-3
+    assert found[jnp.bfloat16] == pytest.approx(1, abs=0.01)
+    assert found[jnp.float32] == pytest.approx(found[jnp.float16], abs=0.2)
+
+
 # Stationary points.
 
 
@@ -285,6 +354,14 @@ def test_random_steps_at_a_minimum_are_rejected_and_keep_the_radius(bend):
 
 
 # Shapes.
+
+
+@pytest.mark.parametrize("make", [so.lsr1, so.scale_by_lsr1])
+@pytest.mark.parametrize("empty", [{}, (), {"a": None, "b": []}])
+def test_parameters_without_arrays_are_an_error(make, empty):
+    tx = make()
+    with pytest.raises(ValueError, match="`params` has no arrays"):
+        tx.update(empty, tx.init(empty), empty, value_fn=lambda p: jnp.float32(0))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ VARIANTS = {
     "momentum": {"momentum": 0.2, "model": "shape_changing"},
     "cubic with momentum": {"model": "cubic", "momentum": 0.4, "full_batch": True},
     "diagonal": {"diagonal": True, "diagonal_decay": 0.9, "momentum": 0.3, "radius": 5.0},
+    "slope": {"rule": RULE | {"slope_rate": 0.3, "slope_target": 0.1}, "momentum": 0.2},
+    "every third": {"update_every": 3, "memory_size": 3},
+    "every third with momentum": {
+        "update_every": 3, "memory_size": 3, "momentum": 0.3, "diagonal": True,
+        "rule": RULE | {"slope_rate": 0.1},
+    },
+    "every other with curvature": {"update_every": 2, "curvature": True, "model": "cubic"},
     "weight decay": {"weight_decay": 0.3, "full_batch": True},
     "curvature": {"curvature": True, "weight_decay": 0.1},
 }  # fmt: skip
@@ -146,7 +153,7 @@ def trajectory(variant):
     params, batches = problem(options["full_batch"])
     params = jax.tree.map(jnp.asarray, params)
     state, history = so.lsr1(**settings).init(params), []
-    plain = ["memory_size", *(OFF if variant == "plain numbers" else [])]
+    plain = ["memory_size", "update_every", *(OFF if variant == "plain numbers" else [])]
     numbers = {
         name: value
         for name, value in settings.items()
@@ -207,6 +214,8 @@ def test_the_variants_exercise_every_rule():
         assert events[name]["grown"] > 0, name
     assert events["strict skips"]["skipped"] > 0
     assert events["long steps"]["restarted"] > 0
-    for name in ("momentum", "cubic with momentum", "diagonal"):
+    for name in ("slope", "every third with momentum"):
+        assert events[name]["overshot"] > 0, name
+    for name in ("momentum", "cubic with momentum", "diagonal", "every third with momentum"):
         assert events[name]["momentum used"] > 0, name
     assert events["momentum"]["clipped"] > 0

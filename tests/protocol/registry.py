@@ -40,7 +40,7 @@ class Entry:
 KBFGS_STATIC = ("update_every", "memory_size")
 
 LSR1 = {"memory_size": 2, "radius": 0.3}
-LSR1_STATIC = ("memory_size", "full_batch", "storage_dtype", "diagonal")
+LSR1_STATIC = ("memory_size", "full_batch", "storage_dtype", "diagonal", "update_every")
 
 
 def lsr1(name: str, **settings: Any) -> Entry:
@@ -81,6 +81,7 @@ REGISTRY = [
         False,
     ),
     lsr1("lsr1"),
+    lsr1("lsr1-every-third", update_every=3, momentum=0.5),
     lsr1(
         "lsr1-full-batch",
         full_batch=True,

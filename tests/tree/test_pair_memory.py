@@ -24,7 +24,7 @@ def ravel(tree):
 
 @jax.jit
 def advance(memory, vector, s, y, accept):
-    memory, products = tree.project_on_pairs(memory, vector)
+    memory, products = tree.project_on_pairs(memory, vector, s)
     return tree.push_pair(memory, s, y, accept), memory, products
 
 
@@ -38,7 +38,8 @@ def test_gram_and_products_follow_the_ring(dtype):
         pushed, complete, products = advance(memory, g, s, y, accept)
         tolerance = {"rtol": 1e-5, "atol": 1e-4}
         np.testing.assert_allclose(complete.gram, stored @ stored.T, **tolerance)
-        np.testing.assert_allclose(products, stored @ ravel(g), **tolerance)
+        columns = np.stack([ravel(g), ravel(s)], axis=-1)
+        np.testing.assert_allclose(products, stored @ columns, **tolerance)
         combined = tree.combine_pairs(jnp.arange(2.0 * M), complete)
         np.testing.assert_allclose(ravel(combined), np.arange(2.0 * M) @ stored, **tolerance)
         if accept:
