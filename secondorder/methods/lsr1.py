@@ -137,7 +137,8 @@ def lsr1(
         ``"bb"`` (Barzilai-Borwein of the newest), ``"pencil_below"`` or ``"pencil_above"`` (outside
         the curvature of all pairs), or a number.
       radius: First :math:`\Delta > 0`; for the last two models the inverse of the penalty's weight.
-      radius_rule: How it follows the ratio of actual to predicted reduction.
+      radius_rule: How it follows the ratio of actual to predicted reduction; with a ``slope_rate``,
+        such as 0.03, also what the next batch says of a step: against noise.
       acceptance: Least ratio of a step that is taken, in [0, 1).
       skip: Pairs with :math:`|s^\top r| <` this times :math:`\|s\| \|r\|` are left out, where
         :math:`r = y - B s`.
