@@ -14,6 +14,11 @@ from secondorder.methods.hessian_free import (
 from secondorder.methods.hessian_free_model import HessianFreeMetrics
 from secondorder.methods.kbfgs import ScaleByKBFGSState, kbfgs, scale_by_kbfgs
 from secondorder.methods.kbfgs_update import KBFGSMetrics
+from secondorder.methods.krylov_descent import (
+    KrylovDescentMetrics,
+    KrylovDescentState,
+    krylov_subspace_descent,
+)
 from secondorder.methods.levenberg_marquardt import (
     LevenbergMarquardtMetrics,
     LevenbergMarquardtState,
@@ -22,6 +27,7 @@ from secondorder.methods.levenberg_marquardt import (
 from secondorder.methods.lsr1 import lsr1
 from secondorder.methods.lsr1_direction import ScaleByLSR1Metrics, ScaleByLSR1State, scale_by_lsr1
 from secondorder.methods.lsr1_state import LSR1Metrics, LSR1State
+from secondorder.methods.newton_cg import NewtonCGMetrics, NewtonCGState, newton_cg
 from secondorder.methods.positive_curvature import (
     PositiveCurvatureMetrics,
     ScaleByPositiveCurvatureState,
@@ -36,10 +42,14 @@ __all__ = [
     "HessianFreeMetrics",
     "HessianFreeState",
     "KBFGSMetrics",
+    "KrylovDescentMetrics",
+    "KrylovDescentState",
     "LSR1Metrics",
     "LSR1State",
     "LevenbergMarquardtMetrics",
     "LevenbergMarquardtState",
+    "NewtonCGMetrics",
+    "NewtonCGState",
     "PositiveCurvatureMetrics",
     "ScaleByKBFGSState",
     "ScaleByLSR1Metrics",
@@ -49,8 +59,10 @@ __all__ = [
     "gauss_newton",
     "hessian_free",
     "kbfgs",
+    "krylov_subspace_descent",
     "levenberg_marquardt",
     "lsr1",
+    "newton_cg",
     "positive_curvature_hessian",
     "scale_by_kbfgs",
     "scale_by_lsr1",

@@ -49,7 +49,7 @@ from secondorder.operators.gauss_newton import (
     linearize_model,
     output_hessian,
 )
-from secondorder.operators.hessian import hessian
+from secondorder.operators.hessian import HessianMode, hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.operators.output_factor import apply_factor, output_factor
 from secondorder.operators.pieces import mean_over_pieces, over_pieces
@@ -66,6 +66,7 @@ __all__ = [
     "EngineChoice",
     "EngineCosts",
     "GaussNewtonFactors",
+    "HessianMode",
     "LayerCurvature",
     "LinearOperator",
     "Linearization",

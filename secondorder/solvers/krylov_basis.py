@@ -81,8 +81,8 @@ def krylov_basis(
       >>> basis = krylov_basis(lambda v: jnp.array([1.0, 2.0]) * v, jnp.array([3.0, 3.0]), 3)
       >>> basis.used.tolist()
       [True, True, False]
-      >>> basis.projected.round(3).tolist()
-      [[1.5, 0.5, 0.0], [0.5, 1.5, 0.0], [0.0, 0.0, 0.0]]
+      >>> jnp.rint(2 * basis.projected).tolist()
+      [[3.0, 1.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]]
 
     Source: Vinyals, Povey (2012), Krylov subspace descent for deep learning, algorithm 1; Giraud,
     Langou, Rozložník, van den Eshof (2005), Numerische Mathematik 101, on two passes.

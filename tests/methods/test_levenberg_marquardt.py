@@ -9,7 +9,7 @@ import optax
 import pytest
 from comparisons import all_finite, all_zero, identical
 
-from secondorder.methods.levenberg_marquardt import levenberg_marquardt
+from secondorder import levenberg_marquardt
 from secondorder.objective import Microbatches, Objective
 
 TIMES = np.linspace(0, 1, 15)

@@ -66,6 +66,19 @@ def lm(name: str, **settings: Any) -> Entry:
 
 
 PCH_STATIC = ("max_iterations",)
+NEWTON_CG_STATIC = ("max_iterations", "max_trials", "full_batch")
+
+# Few evaluations and a high floor: the search multiplies the rounding errors by which two compiled
+# programs differ.
+KRYLOV = {"subspace_size": 2, "max_evaluations": 3, "eigenvalue_floor": 0.1}
+KRYLOV_STATIC = ("subspace_size", "preconditioner_probes", "max_evaluations")
+
+
+def krylov(name: str, **settings: Any) -> Entry:
+    """An entry of Krylov subspace descent."""
+    given = KRYLOV | settings
+    return Entry(name, so.krylov_subspace_descent, given, (), KRYLOV_STATIC, False, terminal=True)
+
 
 REGISTRY = [
     Entry("kbfgs", so.kbfgs, {}, (LAYERS,), KBFGS_STATIC),
@@ -139,5 +152,35 @@ REGISTRY = [
         PCH_STATIC,
         False,
         remembers=False,
+    ),
+    Entry(
+        "newton_cg",
+        so.newton_cg,
+        {"damping": 1e-2},
+        (),
+        NEWTON_CG_STATIC,
+        False,
+        terminal=True,
+        remembers=False,
+    ),
+    Entry(
+        "newton_cg-full-batch",
+        so.newton_cg,
+        {
+            "full_batch": True,
+            "damping": 1e-2,
+            "weight_decay": 1e-3,
+            "negative_curvature": "truncate",
+        },
+        (),
+        NEWTON_CG_STATIC,
+        False,
+        terminal=True,
+    ),
+    krylov("krylov_subspace_descent"),
+    krylov(
+        "krylov_subspace_descent-preconditioned",
+        preconditioner="empirical_fisher",
+        weight_decay=1e-3,
     ),
 ]
