@@ -91,6 +91,7 @@ def hessian_free_work(
     product: float = _PRODUCT,
     evaluation: float = _FORWARD,
     trials: int = 0,
+    preconditioner: str | None = None,
 ) -> Work:
     """The work of a method that solves by products and tries its step, from its metrics.
 
@@ -104,12 +105,14 @@ def hessian_free_work(
         product: Gradients that a product costs.
         evaluation: Gradients that an evaluation costs.
         trials: Evaluations in every step that are not in the metrics.
+        preconditioner: What the method takes if its settings name none.
 
     Returns:
         The work.
     """
     settings = site.settings
-    probes = settings.get("preconditioner_probes", 0) if settings.get("preconditioner") else 0
+    given = settings.get("preconditioner", preconditioner)
+    probes = settings.get("preconditioner_probes", 1) if given else 0
     return Work(
         batch=evaluation * (reported_count(state, "evaluations") + trials),
         curvature=_FORWARD + _BACKWARD * probes + product * _products(state, settings, counted),
@@ -130,7 +133,7 @@ def block_hessian_free_work(state: optax.OptState, site: Site) -> Work:
     engine = reported_count(state, "engine")
     product, setup = (twice - once)[engine], (2 * once - twice)[engine]
     passes = setup + product * reported_count(state, "products")
-    whole = _PRODUCT if site.settings.get("step") == "optimal" else 0.0
+    whole = _PRODUCT  # along the step, for its length or for what it promises
     return Work(
         batch=_FORWARD * reported_count(state, "evaluations"),
         curvature=_FORWARD * passes + whole,

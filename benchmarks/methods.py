@@ -164,15 +164,12 @@ class Method:
         return dict(itertools.chain(*(found.items() for found in parameters)))
 
 
-def _package_method(
-    attribute: str, name: str, description: str, forwards_to: str | None = None, **fields: Any
-) -> Method:
+def _package_method(attribute: str, name: str, description: str, **fields: Any) -> Method:
     """A method of the package under a name of ours, all of whose arguments are settings."""
     return Method(
         name=name,
         description=description,
         factory=lambda: of_package(attribute),
-        forwards_to=None if forwards_to is None else lambda: of_package(forwards_to),
         **{"work": hessian_free_work, **fields},
     )
 
@@ -332,7 +329,7 @@ _ALL = (
         "stochastic_hessian_free",
         "shf",
         "stochastic Hessian-free (Kiros 2013)",
-        forwards_to="hessian_free",
+        work=functools.partial(hessian_free_work, preconditioner="empirical_fisher"),
     ),
     _package_method(
         "gauss_newton",

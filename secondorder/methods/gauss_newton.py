@@ -284,6 +284,7 @@ def _report(
         rate=search.rate,
         predicted=predicted,
         iterations=solution.iterations,
+        products=solution.iterations,
         taken=solution.iterations,
         evaluations=search.trials,
         rejections=old.rejections + ~search.accepted,

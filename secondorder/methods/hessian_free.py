@@ -407,6 +407,7 @@ def _report(
         rate=search.rate,
         predicted=predicted,
         iterations=result.iterations[0],
+        products=result.products,
         taken=chosen.number,
         evaluations=chosen.evaluations + search.trials,
         rejections=old.rejections + ~search.accepted,

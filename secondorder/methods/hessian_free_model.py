@@ -38,6 +38,7 @@ class HessianFreeMetrics(NamedTuple):
       rate: The step as a multiple of the solution that was taken; 0 if it was rejected.
       predicted: Change of the objective that the model without damping promised.
       iterations: Of conjugate gradients at the last step, int32.
+      products: Curvature products at the last step, that of the start included, int32.
       taken: The iteration whose iterate became the step, int32.
       evaluations: Values that the last step evaluated, int32.
       rejections: Steps rejected since `init`, int32.
@@ -51,6 +52,7 @@ class HessianFreeMetrics(NamedTuple):
     rate: jax.Array
     predicted: jax.Array
     iterations: jax.Array
+    products: jax.Array
     taken: jax.Array
     evaluations: jax.Array
     rejections: jax.Array
