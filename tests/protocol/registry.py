@@ -107,7 +107,7 @@ REGISTRY = [
     hessian_free(
         so.hessian_free, *HF_STATIC, "seed", max_iterations=6, preconditioner="empirical_fisher"
     ),
-    hessian_free(so.stochastic_hessian_free, "max_iterations", "backtracking", "seed"),
+    hessian_free(so.stochastic_hessian_free, "max_iterations", "backtracking", "seed", damping=1.0),
     hessian_free(
         so.block_hessian_free,
         "max_iterations",
