@@ -118,7 +118,7 @@ REGISTRY = [
         warm_start=0.5,
         max_iterations=4,
     ),
-    hessian_free(so.gauss_newton, "max_iterations", "max_trials", damping=0.1, momentum=0.5),
+    hessian_free(so.gauss_newton, "max_iterations", "max_trials", damping=0.5, momentum=0.1),
     lm("levenberg_marquardt"),
     lm("levenberg_marquardt-cg", solver="conjugate_gradient"),
     lm(
