@@ -118,8 +118,8 @@ def follow_slope(
 
     Example:
       >>> rule, radius = RadiusRule(slope_rate=0.1), jnp.float32(1.0)
-      >>> [round(float(follow_slope(rule, radius, -2.0, after)), 2) for after in (-2.0, 0.0, 9.0)]
-      [1.1, 1.0, 0.9]
+      >>> [round(float(follow_slope(rule, radius, -2.0, after)), 3) for after in (-2.0, 0.0, 9.0)]
+      [1.105, 1.0, 0.905]
 
     Source: the sign of the product of successive directions, as in Almeida et al. (1998), Parameter
     adaptation in stochastic optimization; Baydin et al. (2018), Online learning rate adaptation
