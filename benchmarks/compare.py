@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.display import LOSS_COLUMNS, console, print_table
@@ -11,10 +11,12 @@ from benchmarks.plotting import Line, save_panels
 from benchmarks.records import Record
 from benchmarks.settings import SettingError
 
-# What the losses are plotted over, by the names in the records.
+# What the losses are plotted over, by the names in the records. Earlier records have no time of
+# the processor.
 _AXES = {
     "step": "updates",
     "gradients": "gradients of a batch, and work that costs as much",
+    "cpu_seconds": "training seconds of the processor, without compilation",
     "seconds": "training seconds, without compilation",
 }
 _COLUMNS = ("run", "updates", "gradients", "seconds", *LOSS_COLUMNS)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.png is not None:
         panels = {
             description: [run.line(axis, label) for run, label in zip(runs, labels, strict=True)]
-            for axis, description in _AXES.items()
+            for axis, description in axes(runs).items()
         }
         save_panels(args.png, title, panels)
         console.print(f"Plot: {args.png}", highlight=False)
@@ -105,6 +107,12 @@ def read_runs(path: Path) -> list[RecordedRun]:
     if "settings" not in records[0]:
         raise SettingError(f"{path} does not begin with the first record of a run.")
     return [RecordedRun(group) for group in _groups(records)]
+
+
+def axes(runs: Sequence[RecordedRun]) -> Mapping[str, str]:
+    """Updates, gradients and one kind of seconds: the processor's where all runs have them."""
+    missing = "seconds" if all("cpu_seconds" in run.header for run in runs) else "cpu_seconds"
+    return {axis: description for axis, description in _AXES.items() if axis != missing}
 
 
 def label_runs(runs: Sequence[RecordedRun]) -> list[str]:
@@ -137,7 +145,7 @@ def _row(run: RecordedRun, label: str) -> tuple[object, ...]:
     accuracy = last.get("test_accuracy")
     return (
         label,
-        *(last[axis] for axis in _AXES),
+        *(last[axis] for axis in axes([run])),
         "diverged" if last["diverged"] else last["train_loss"],
         last["test_loss"],
         None if accuracy is None else f"{accuracy:.2%}",

@@ -88,6 +88,8 @@ class EpochRecord:
         gradients: Gradients of one batch that were evaluated so far, those of line searches
             included, and what other evaluations and products cost in this unit.
         seconds: Training time so far, without compilation and evaluation.
+        cpu_seconds: Processor time of all threads in that time, which other work on the machine
+            hardly changes where the run is bound to one core.
         train_loss: Over all training samples, with the L2 term.
         test_loss: Over all test samples, with the L2 term.
         test_accuracy: None for problems without classes.
@@ -98,6 +100,7 @@ class EpochRecord:
     step: int
     gradients: float
     seconds: float
+    cpu_seconds: float
     train_loss: float
     test_loss: float
     test_accuracy: float | None
@@ -130,7 +133,7 @@ class Run:
         self._orders = epoch_orders(len(splits.train), sizes.gradient, options.seed, sizes.width)
         self._train, self._test = Batch.put(splits.train), Batch.put(splits.test)
         self._evaluate = Evaluator(options.problem)
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._cpu_seconds = 0, 0.0, 0.0
         self._state, self._step = self._compile()
         self.compile_seconds = self._step.compile_seconds
         self.initial: Metrics = self._evaluate(self._state.params, self._train)
@@ -190,6 +193,7 @@ class Run:
         and yet a run ends at most one step after its time or its first loss that is not finite.
         """
         seconds_before, start = self._seconds, time.perf_counter()
+        cpu_start = time.process_time()
         previous: jax.Array | None = None
         for indices in order:
             self._state, loss = self._step.call(self._state, self._train, indices)
@@ -203,6 +207,7 @@ class Run:
         is_finite = math.isfinite(value) and math.isfinite(float(loss))
         wait(self._state)
         self._seconds = seconds_before + time.perf_counter() - start
+        self._cpu_seconds += time.process_time() - cpu_start
         return is_finite
 
     def _is_out_of_time(self) -> bool:
@@ -221,6 +226,7 @@ class Run:
             step=self._steps,
             gradients=self._gradients(),
             seconds=self._seconds,
+            cpu_seconds=self._cpu_seconds,
             train_loss=train.loss,
             test_loss=test.loss,
             test_accuracy=test.accuracy,

@@ -28,7 +28,14 @@ def test_train_writes_a_record_per_epoch(tmp_path):
     for record in (first, second):
         assert record["problem"] == "digits-cnn"
         assert record["method"] == "adam"
-        assert {"step", "seconds", "train_loss", "test_loss", "test_accuracy"} <= set(record)
+        assert {
+            "step",
+            "seconds",
+            "cpu_seconds",
+            "train_loss",
+            "test_loss",
+            "test_accuracy",
+        } <= set(record)
     assert (first["epoch"], second["epoch"]) == (1, 2)
     assert first["settings"] == {"learning_rate": 0.002, "b1": 0.8, "weight_decay": 1e-5}
     assert {"jax", "python", "device"} <= set(first["versions"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.compare import label_runs, read_runs
+from benchmarks.compare import axes, label_runs, read_runs
 
 
 def write(path, method, settings, count=2, **header):
@@ -34,6 +34,14 @@ def test_compare(tmp_path, capsys):
     assert main(["compare", "--runs", *files, "--png", str(plot)]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "adam" in capsys.readouterr().out
+
+
+def test_time_of_the_processor_is_taken_where_all_runs_have_it(tmp_path):
+    write(tmp_path / "old.jsonl", "sgd", {})
+    write(tmp_path / "new.jsonl", "adam", {}, cpu_seconds=1.0)
+    (old,), (new,) = read_runs(tmp_path / "old.jsonl"), read_runs(tmp_path / "new.jsonl")
+    assert list(axes([new])) == ["step", "gradients", "cpu_seconds"]
+    assert list(axes([new, old])) == ["step", "gradients", "seconds"]
 
 
 def test_losses_that_are_not_finite_are_left_out(tmp_path):
