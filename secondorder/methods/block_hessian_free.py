@@ -23,10 +23,20 @@ import optax
 from secondorder import operators
 from secondorder import tree as vectors
 from secondorder.checks import check_choice, check_flag, check_range, check_static_count, is_zero
-from secondorder.control import DampingRule, SearchResult, backtrack, optimal_rate, reduction_ratio
+from secondorder.control import DampingRule, SearchResult, backtrack, optimal_rate
 from secondorder.methods.hessian_free_model import Parabola, steer
-from secondorder.methods.terminal import Point, keep_unless, look, scaled_step, trial_value
-from secondorder.objective import all_finite, check_params, check_split
+from secondorder.methods.terminal import (
+    Point,
+    at,
+    curvature_objective,
+    judge,
+    keep_unless,
+    look,
+    scaled_step,
+    trial_value,
+    zero_metrics,
+)
+from secondorder.objective import all_finite, check_params
 from secondorder.operators import Engine, LinearOperator
 from secondorder.solvers import conjugate_gradient
 from secondorder.tree import Blocks, BlockSetting
@@ -226,6 +236,7 @@ def block_hessian_free(
     if not callable(learning_rate):
         check_range("learning_rate", learning_rate, low=0, open_low=True)
     starts = not is_zero(warm_start)
+    tries = step == "armijo" or damping_rule is not None
     among = (engine,) if engine != "auto" else get_args(Engine)[: 2 if is_zero(damping) else 3]
 
     def init(params: chex.ArrayTree) -> BlockHessianFreeState:
@@ -234,12 +245,51 @@ def block_hessian_free(
         count = len(vectors.label_blocks(blocks, params))
         return BlockHessianFreeState(
             count=jnp.zeros((), jnp.int32),
-            solution=jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) if starts else None,
+            solution=vectors.zeros_vector(params) if starts else None,
             damping=jnp.array(damping, dtype),
             block_damping=jnp.zeros(count, dtype),
             block_iterations=jnp.zeros(count, jnp.int32),
-            metrics=_no_metrics(dtype),
+            metrics=zero_metrics(
+                BlockHessianFreeMetrics,
+                dtype,
+                ("damping", "ratio", "rate", "predicted", "iterations"),
+            ),
         )
+
+    def solve(
+        matrix: _Curvature,
+        point: Point,
+        damping: jax.Array,
+        partition: Blocks,
+        last: chex.ArrayTree | None,
+    ) -> _Solution:
+        descent = jax.tree.map(jnp.negative, point.gradient)
+        if matrix.factors is not None:
+            return _solve_dual(matrix.factors, descent, damping, partition)
+        start = None if last is None else jax.tree.map(lambda x: warm_start * x, last)
+        return _solve_by_products(
+            matrix.diagonal, descent, damping, partition, start, max_iterations, progress
+        )
+
+    def go(
+        point: Point,
+        parabola: Parabola,
+        damped: jax.Array,
+        value_along: Callable[[chex.Numeric], jax.Array],
+        bound: chex.Numeric,
+    ) -> SearchResult:
+        if step == "armijo":
+            return backtrack(
+                value_along,
+                point.value,
+                parabola.slope,
+                first=bound,
+                shrink=shrink,
+                sufficient=sufficient,
+                max_trials=max_trials,
+            )
+        rate = optimal_rate(parabola.slope, damped, bound) if step == "optimal" else bound
+        return _single_rate(point, jnp.asarray(rate, point.value.dtype), value_along, tries)
 
     def update(
         updates: chex.ArrayTree,
@@ -255,9 +305,7 @@ def block_hessian_free(
         del extra_args
         grad = updates if grad is None else grad
         point = look("block_hessian_free", value_fn, params, value, grad, weight_decay)
-        objective = value_fn if curvature_fn is None else curvature_fn
-        name = "value_fn" if curvature_fn is None else "curvature_fn"
-        check_split(objective, "block_hessian_free", name)
+        objective = curvature_objective("block_hessian_free", value_fn, curvature_fn)
         partition = vectors.label_blocks(blocks, params)
 
         # 1. The curvature, by the engine that needs the least work, and its damping.
@@ -267,50 +315,25 @@ def block_hessian_free(
         if relative_damping:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             shift = shift * _mean_diagonal(matrix.diagonal, partition, key)
-        total = shift + weight_decay
 
         # 2. The system of each block.
-        descent = jax.tree.map(jnp.negative, point.gradient)
-        if matrix.factors is not None:
-            solution = _solve_dual(matrix.factors, descent, total, partition)
-        else:
-            start = None
-            if state.solution is not None:
-                start = jax.tree.map(lambda x: warm_start * x, state.solution)
-            solution = _solve_by_products(
-                matrix.diagonal, descent, total, partition, start, max_iterations, progress
-            )
+        solution = solve(matrix, point, shift + weight_decay, partition, state.solution)
 
         # 3. How far to go along the joint step.
         parabola = _parabola(matrix.full, point, solution.direction, weight_decay)
         damped = parabola.curvature + vectors.inner(
             solution.direction, vectors.block_scale(partition, shift, solution.direction)
         )
-        bound = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        tries = step == "armijo" or damping_rule is not None
         value_along = partial(
             trial_value, value_fn, point.params, solution.direction, weight_decay=weight_decay
         )
-        if step == "armijo":
-            search = backtrack(
-                value_along,
-                point.value,
-                parabola.slope,
-                first=bound,
-                shrink=shrink,
-                sufficient=sufficient,
-                max_trials=max_trials,
-            )
-        else:
-            best = optimal_rate(parabola.slope, damped, bound) if step == "optimal" else bound
-            search = _single_rate(point, jnp.asarray(best, point.value.dtype), value_along, tries)
+        search = go(point, parabola, damped, value_along, at(learning_rate, state.count))
 
         # 4. What the full model promised, what the objective did, and the next damping.
         predicted = parabola.change(search.rate)
         ratio = jnp.zeros_like(point.value)
         if tries:
-            ratio = reduction_ratio(point.value, search.value, -predicted)
-            ratio = jnp.where(search.accepted, ratio, -jnp.inf)
+            ratio = judge(point.value, search, predicted)
         new = BlockHessianFreeState(
             count=optax.safe_increment(state.count),
             solution=solution.direction if starts else None,
@@ -431,14 +454,6 @@ def _single_rate(
         jnp.ones((), jnp.int32),
         taken,
     )
-
-
-def _no_metrics(dtype: Any) -> BlockHessianFreeMetrics:
-    numbers = BlockHessianFreeMetrics(
-        *(jnp.zeros((), jnp.int32) for _ in BlockHessianFreeMetrics._fields)
-    )
-    reals = ("damping", "ratio", "rate", "predicted", "iterations")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
 
 
 def _report(

@@ -20,7 +20,7 @@ import optax
 from secondorder import operators
 from secondorder import tree as vectors
 from secondorder.checks import check_choice, check_range, check_static_count, is_zero
-from secondorder.control import DampingRule, SearchResult, backtrack, reduction_ratio
+from secondorder.control import DampingRule, SearchResult, backtrack
 from secondorder.methods.hessian_free_model import (
     HessianFreeMetrics,
     Parabola,
@@ -28,8 +28,17 @@ from secondorder.methods.hessian_free_model import (
     parabola_of,
     steer,
 )
-from secondorder.methods.terminal import Point, keep_unless, look, scaled_step, trial_value
-from secondorder.objective import all_finite, check_params, check_split
+from secondorder.methods.terminal import (
+    Point,
+    at,
+    curvature_objective,
+    judge,
+    keep_unless,
+    look,
+    scaled_step,
+    trial_value,
+)
+from secondorder.objective import all_finite, check_params
 from secondorder.solvers import conjugate_gradient
 
 SolverKind: TypeAlias = Literal["conjugate_gradient", "dual"]
@@ -157,7 +166,7 @@ def gauss_newton(
         return GaussNewtonState(
             count=jnp.zeros((), jnp.int32),
             damping=jnp.array(damping, dtype),
-            momentum=jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) if averages else None,
+            momentum=vectors.zeros_vector(params) if averages else None,
             metrics=no_metrics(dtype),
         )
 
@@ -175,10 +184,7 @@ def gauss_newton(
         del extra_args
         grad = updates if grad is None else grad
         point = look("gauss_newton", value_fn, params, value, grad, weight_decay)
-        objective = value_fn if curvature_fn is None else curvature_fn
-        check_split(
-            objective, "gauss_newton", "value_fn" if curvature_fn is None else "curvature_fn"
-        )
+        objective = curvature_objective("gauss_newton", value_fn, curvature_fn)
 
         # 1. The average of gradients.
         average, target = _average(state, point, momentum)
@@ -197,7 +203,7 @@ def gauss_newton(
             ),
             point.value,
             solution.parabola.slope,
-            first=learning_rate(state.count) if callable(learning_rate) else learning_rate,
+            first=at(learning_rate, state.count),
             shrink=shrink,
             sufficient=sufficient,
             max_trials=max_trials,
@@ -205,8 +211,7 @@ def gauss_newton(
 
         # 4. What the damped model promised, what the objective did, and the next damping.
         predicted = solution.parabola.change(search.rate)
-        ratio = reduction_ratio(point.value, search.value, -predicted)
-        ratio = jnp.where(search.accepted, ratio, -jnp.inf)
+        ratio = judge(point.value, search, predicted)
         new = GaussNewtonState(
             count=optax.safe_increment(state.count),
             damping=steer(damping_rule, state.damping, ratio),
@@ -225,11 +230,7 @@ def _average(
     """The new average of gradients, and the same without its bias towards zero."""
     if state.momentum is None:
         return None, point.gradient
-    average = jax.tree.map(
-        lambda m, g: (decay * m + (1 - decay) * g).astype(m.dtype), state.momentum, point.gradient
-    )
-    correction = 1 - jnp.asarray(decay, state.damping.dtype) ** (state.count + 1)
-    return average, jax.tree.map(lambda m: m / correction, average)
+    return vectors.moving_average(state.momentum, point.gradient, state.count, decay)
 
 
 def _solve_by_products(

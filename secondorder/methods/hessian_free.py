@@ -28,7 +28,6 @@ from secondorder.control import (
     SearchResult,
     backtrack,
     best_stored,
-    reduction_ratio,
 )
 from secondorder.methods.hessian_free_model import (
     CurvatureKind,
@@ -44,8 +43,17 @@ from secondorder.methods.hessian_free_model import (
     steer,
 )
 from secondorder.methods.hessian_free_settings import Settings, check_settings
-from secondorder.methods.terminal import Point, keep_unless, look, scaled_step, trial_value
-from secondorder.objective import check_params, check_split, check_value_fn
+from secondorder.methods.terminal import (
+    Point,
+    at,
+    curvature_objective,
+    judge,
+    keep_unless,
+    look,
+    scaled_step,
+    trial_value,
+)
+from secondorder.objective import check_params
 from secondorder.solvers import CGResult, conjugate_gradient
 
 _RULE = DampingRule()
@@ -190,6 +198,7 @@ def hessian_free(
     )  # fmt: skip
     check_range("damping", damping, low=0)
     check_settings(settings)
+    splits = curvature != "hessian" or preconditioner is not None or distance is not None
     preconditioning = Preconditioning(
         preconditioner, preconditioner_power, preconditioner_probes, preconditioner_decay
     )
@@ -197,7 +206,7 @@ def hessian_free(
     def init(params: chex.ArrayTree) -> HessianFreeState:
         check_params(params, "hessian_free")
         dtype = vectors.accumulation_dtype(params)
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+        zeros = vectors.zeros_vector(params)
         return HessianFreeState(
             count=jnp.zeros((), jnp.int32),
             solution=zeros,
@@ -220,7 +229,7 @@ def hessian_free(
         del extra_args
         grad = updates if grad is None else grad
         point = look("hessian_free", value_fn, params, value, grad, weight_decay)
-        objective = _curvature_objective(settings, value_fn, curvature_fn)
+        objective = curvature_objective("hessian_free", value_fn, curvature_fn, splits)
 
         # 1. The damped model, linearized once for all products; conjugate gradients on it.
         structural = None if distance is None else (distance, structural_damping)
@@ -242,7 +251,7 @@ def hessian_free(
         parabola = parabola_along(model, point.gradient, chosen.solution, chosen.model)
 
         # 3. A step along it that decreases the objective sufficiently; or none.
-        first = _at(learning_rate, state.count)
+        first = at(learning_rate, state.count)
         search = backtrack(
             partial(value_along, chosen.solution),
             point.value,
@@ -255,15 +264,14 @@ def hessian_free(
         )
 
         # 4. What the model promised, what the objective did, and the next damping.
-        predicted = -parabola.change(search.rate)
-        ratio = reduction_ratio(point.value, search.value, predicted)
-        ratio = jnp.where(search.accepted, ratio, -jnp.inf)
+        predicted = parabola.change(search.rate)
+        ratio = judge(point.value, search, predicted)
         new = HessianFreeState(
             count=optax.safe_increment(state.count),
             solution=result.solution,
             damping=steer(damping_rule, state.damping, ratio),
             diagonal=diagonal,
-            metrics=_report(state, model, result, chosen, search, ratio, -predicted),
+            metrics=_report(state, model, result, chosen, search, ratio, predicted),
         )
         step = scaled_step(point.params, chosen.solution, search.rate * point.usable)
         return step, keep_unless(point.usable, new, state)
@@ -333,17 +341,6 @@ def stochastic_hessian_free(
     )
 
 
-def _curvature_objective(
-    settings: Settings, value_fn: Any, curvature_fn: Any
-) -> Callable[[Any], Any]:
-    """The objective of the curvature batch; split, where the curvature needs the split."""
-    name = "value_fn" if curvature_fn is None else "curvature_fn"
-    objective = value_fn if curvature_fn is None else curvature_fn
-    splits = settings.curvature != "hessian" or settings.preconditioner or settings.distance
-    (check_split if splits else check_value_fn)(objective, "hessian_free", name)
-    return objective
-
-
 def _solve(
     settings: Settings,
     model: QuadraticModel,
@@ -352,7 +349,7 @@ def _solve(
     state: HessianFreeState,
 ) -> CGResult:
     """Conjugate gradients from a part of the last solution."""
-    decay = _at(settings.warm_start, state.count)
+    decay = at(settings.warm_start, state.count)
     start = jax.tree.map(lambda x: (decay * x).astype(x.dtype), state.solution)
     with jax.named_scope("conjugate_gradients"):
         return conjugate_gradient(
@@ -385,10 +382,6 @@ def _choose_iterate(
         best.value,
         best.evaluations,
     )
-
-
-def _at(schedule: optax.ScalarOrSchedule, count: jax.Array) -> chex.Numeric:
-    return schedule(count) if callable(schedule) else schedule
 
 
 def _report(

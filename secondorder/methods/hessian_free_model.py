@@ -11,7 +11,7 @@ import numpy as np
 from secondorder import operators
 from secondorder import tree as vectors
 from secondorder.control import DampingRule, next_damping
-from secondorder.methods.terminal import Point
+from secondorder.methods.terminal import Point, zero_metrics
 from secondorder.objective import Microbatches, Objective
 
 Distance: TypeAlias = Callable[[Any, Any], jax.Array]
@@ -70,9 +70,7 @@ def no_metrics(dtype: Any) -> HessianFreeMetrics:
     Returns:
       Zeros.
     """
-    numbers = HessianFreeMetrics(*(jnp.zeros((), jnp.int32) for _ in HessianFreeMetrics._fields))
-    reals = ("damping", "ratio", "rate", "predicted")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
+    return zero_metrics(HessianFreeMetrics, dtype, ("damping", "ratio", "rate", "predicted"))
 
 
 class Parabola(NamedTuple):
@@ -190,28 +188,6 @@ def estimate_diagonal(
     return _DIAGONALS[kind](objective, params, key, probes)
 
 
-def average_diagonal(
-    average: chex.ArrayTree, estimate: chex.ArrayTree, count: jax.Array, decay: chex.Numeric
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """An exponential average over steps, and the same without its bias towards zero.
-
-    Args:
-      average: The biased average so far.
-      estimate: Of this step; where it is not finite, the average stays.
-      count: Steps before this one.
-      decay: Of the average, in [0, 1).
-
-    Returns:
-      The new average, and the corrected one.
-    """
-    decay = jnp.asarray(decay, vectors.accumulation_dtype(average))
-    new = jax.tree.map(
-        lambda a, e: jnp.where(jnp.isfinite(e), decay * a + (1 - decay) * e, a), average, estimate
-    )
-    correction = 1 - decay ** (count + 1)
-    return new, jax.tree.map(lambda a: a / correction, new)
-
-
 class QuadraticModel(NamedTuple):
     """The damped quadratic model of one step.
 
@@ -293,7 +269,7 @@ def make_preconditioner(
         return None, None
     with jax.named_scope("preconditioner"):
         estimate = estimate_diagonal(how.kind, objective, params, key, how.probes)
-        new, corrected = average_diagonal(average, estimate, count, how.decay)
+        new, corrected = vectors.moving_average(average, estimate, count, how.decay)
         tiny = float(np.finfo(shift.dtype).tiny)
         return new, jax.tree.map(lambda d: jnp.maximum(d + shift, tiny) ** how.power, corrected)
 

@@ -28,8 +28,15 @@ from secondorder.methods.hessian_free_model import (
     curvature_operator,
     estimate_diagonal,
 )
-from secondorder.methods.terminal import Point, keep_unless, look, scaled_step
-from secondorder.objective import check_params, check_split, check_value_fn
+from secondorder.methods.terminal import (
+    Point,
+    curvature_objective,
+    keep_unless,
+    look,
+    scaled_step,
+    zero_metrics,
+)
+from secondorder.objective import check_params
 from secondorder.products import inner, matmul
 from secondorder.sharding import replicate
 from secondorder.solvers import KrylovBasis, krylov_basis, whitening
@@ -247,8 +254,12 @@ def krylov_subspace_descent(
         dtype = vectors.accumulation_dtype(params)
         return KrylovDescentState(
             count=jnp.zeros((), jnp.int32),
-            step=jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params),
-            metrics=_no_metrics(dtype),
+            step=vectors.zeros_vector(params),
+            metrics=zero_metrics(
+                KrylovDescentMetrics,
+                dtype,
+                ("decrease", "step_norm", "smallest_eigenvalue", "largest_eigenvalue"),
+            ),
         )
 
     def update(
@@ -271,7 +282,8 @@ def krylov_subspace_descent(
         usable = point.usable & start.usable
 
         # 1. The curvature, linearized once for all products; a basis of its Krylov space.
-        objective = _curvature_objective(settings, value_fn, curvature_fn)
+        splits = curvature != "hessian" or preconditioner is not None
+        objective = curvature_objective(name, value_fn, curvature_fn, splits)
         basis = _build_basis(settings, objective, point, state)
 
         # 2. Coordinates in which the curvature is the identity.
@@ -305,23 +317,6 @@ def _check(settings: _Settings) -> None:
         check_range(name, getattr(settings, name), low=0)
     for name in ("preconditioner_floor", "eigenvalue_floor", "sufficient", "shrink"):
         check_range(name, getattr(settings, name), low=0, high=1, open_low=True)
-
-
-def _no_metrics(dtype: Any) -> KrylovDescentMetrics:
-    numbers = KrylovDescentMetrics(
-        *(jnp.zeros((), jnp.int32) for _ in KrylovDescentMetrics._fields)
-    )
-    reals = ("decrease", "step_norm", "smallest_eigenvalue", "largest_eigenvalue")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
-
-
-def _curvature_objective(settings: _Settings, value_fn: Any, curvature_fn: Any) -> Any:
-    """The objective of the curvature batch; split, where the curvature needs the split."""
-    name = "value_fn" if curvature_fn is None else "curvature_fn"
-    objective = value_fn if curvature_fn is None else curvature_fn
-    splits = settings.curvature != "hessian" or settings.preconditioner is not None
-    (check_split if splits else check_value_fn)(objective, "krylov_subspace_descent", name)
-    return objective
 
 
 def _build_basis(

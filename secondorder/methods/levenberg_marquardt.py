@@ -37,21 +37,22 @@ from secondorder.methods.levenberg_marquardt_model import (
 )
 from secondorder.methods.terminal import (
     Point,
+    choose_like,
+    curvature_objective,
     decay_term,
     keep_unless,
     look,
     scaled_step,
     trial_value,
+    value_dtype,
+    zero_metrics,
 )
 from secondorder.objective import (
     all_finite,
     check_params,
-    check_split,
-    check_value_fn,
     value_and_aux,
     value_and_grad,
 )
-from secondorder.sharding import shard_like
 from secondorder.tree import Blocks, BlockSetting, label_blocks, one_block
 
 Schedule: TypeAlias = Literal["synchronous", "asynchronous"]
@@ -283,12 +284,16 @@ def levenberg_marquardt(
             damping=NielsenState(jnp.array(first), jnp.full(shape, 2, dtype)),
             measures=Measures(
                 jnp.full((len(partition),), 0 if measured else 1, dtype),
-                _zeros(params) if systems.scaling == "running_diagonal" else None,
+                vectors.zeros_vector(params) if systems.scaling == "running_diagonal" else None,
             ),
-            uphill=None if uphill is None else Uphill(jnp.array(jnp.inf, dtype), _zeros(params)),
-            value=jnp.array(jnp.inf, _value_dtype(params)) if full_batch else None,
+            uphill=None
+            if uphill is None
+            else Uphill(jnp.array(jnp.inf, dtype), vectors.zeros_vector(params)),
+            value=jnp.array(jnp.inf, value_dtype(params)) if full_batch else None,
             grad=jax.tree.map(lambda p: jnp.zeros_like(p, p.dtype), params) if full_batch else None,
-            metrics=_no_metrics(dtype),
+            metrics=zero_metrics(
+                LevenbergMarquardtMetrics, dtype, ("ratio", "damping", "step_norm")
+            ),
         )
 
     def update(
@@ -304,7 +309,7 @@ def levenberg_marquardt(
     ) -> tuple[chex.ArrayTree, LevenbergMarquardtState]:
         del extra_args
         check_params(params, _NAME)
-        curvature = _curvature_objective(value_fn, curvature_fn)
+        curvature = curvature_objective(_NAME, value_fn, curvature_fn)
         objective: Any = value_fn
         grad = updates if grad is None else grad
         value = value_and_aux(objective)(params)[0] if value is None else value
@@ -342,7 +347,7 @@ def levenberg_marquardt(
             measures=proposal.measures,
             uphill=remembered,
             value=jnp.where(accepted, trial.raw_value, value) if full_batch else None,
-            grad=_choose(accepted, trial.grad, grad, params) if full_batch else None,
+            grad=choose_like(accepted, trial.grad, grad, params) if full_batch else None,
             metrics=_report(state, turn, proposal, norm, ratio, tried, accepted),
         )
         taken = accepted & point.usable
@@ -372,15 +377,6 @@ def _check(settings: _Settings) -> None:
     check_flag("full_batch", settings.full_batch)
     if settings.blocks is None and settings.schedule == "asynchronous":
         raise ValueError('`schedule` must be "synchronous" where `blocks` is None, the whole.')
-
-
-def _curvature_objective(value_fn: Any, curvature_fn: Any) -> Any:
-    if curvature_fn is None:
-        check_split(value_fn, _NAME)
-        return value_fn
-    check_value_fn(value_fn, _NAME)
-    check_split(curvature_fn, _NAME, "curvature_fn")
-    return curvature_fn
 
 
 def _partition(settings: _Settings, params: chex.ArrayTree) -> Blocks:
@@ -443,33 +439,6 @@ def _next_damping(state: NielsenState, ratio: jax.Array, moved: jax.Array) -> Ni
     eps = float(np.finfo(state.damping.dtype).eps)
     new = nielsen_damping(state, ratio, smallest=eps**2, largest=1 / eps**2)
     return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, state)
-
-
-def _zeros(params: chex.ArrayTree) -> chex.ArrayTree:
-    dtype = vectors.accumulation_dtype(params)
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
-
-
-def _value_dtype(params: chex.ArrayTree) -> Any:
-    """What an objective returns that casts nothing; `optax.value_and_grad_from_state` compares."""
-    return jnp.result_type(*(jax.tree.leaves(params) or [jnp.float32]))
-
-
-def _choose(
-    condition: jax.Array, one: chex.ArrayTree, other: chex.ArrayTree, like: chex.ArrayTree
-) -> chex.ArrayTree:
-    """One of two trees, sharded like a third."""
-    return jax.tree.map(
-        lambda a, b, p: jnp.where(condition, shard_like(a, p), shard_like(b, p)), one, other, like
-    )
-
-
-def _no_metrics(dtype: Any) -> LevenbergMarquardtMetrics:
-    numbers = LevenbergMarquardtMetrics(
-        *(jnp.zeros((), jnp.int32) for _ in LevenbergMarquardtMetrics._fields)
-    )
-    reals = ("ratio", "damping", "step_norm")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
 
 
 def _report(

@@ -4,7 +4,6 @@ A block is solved by itself: its objective is that of the parameters with all ot
 is a single block, blocks that move at once are several, and blocks in turn are one at a time.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,8 +15,8 @@ from secondorder import tree as vectors
 from secondorder.checks import is_zero
 from secondorder.control import optimal_rate
 from secondorder.methods.terminal import Point
-from secondorder.objective import Microbatches, Objective, all_finite
-from secondorder.operators import LinearOperator, gauss_newton, gauss_newton_diagonal
+from secondorder.objective import all_finite
+from secondorder.operators import LinearOperator, gauss_newton, gauss_newton_diagonal, restrict
 from secondorder.products import matmul
 from secondorder.sharding import replicate, shard_like
 from secondorder.solvers import conjugate_gradient
@@ -176,7 +175,7 @@ def _make_system(
     """The system of a block, and the measures with what its curvature tells."""
     indices = blocks.leaves_of(block)
     params = _part(point.params, indices)
-    held = _hold_others(objective, point.params, indices)
+    held = restrict(objective, point.params, indices)
     matrix = _matrix(settings, held, params)
     gradient = jax.tree.map(
         lambda g, v: g.astype(v.dtype), _part(point.gradient, indices), matrix.like
@@ -316,19 +315,6 @@ def _solve_by_products(settings: SystemSettings, system: _System) -> _Solution:
 # Blocks of leaves, as lists and as one array.
 
 
-def _hold_others(objective: Any, params: chex.ArrayTree, indices: Sequence[int]) -> Any:
-    """The objective as one of a block of the parameters."""
-    if isinstance(objective, Microbatches):
-        return Microbatches(
-            lambda batch: _hold_others(objective.objective_on(batch), params, indices),
-            objective.batches,
-        )
-    held: Objective[Any] = dataclasses.replace(
-        objective, model=lambda part: objective.model(_put(params, indices, part))
-    )
-    return held
-
-
 def _part(tree: chex.ArrayTree, indices: Sequence[int]) -> Part:
     leaves = jax.tree.leaves(tree)
     return [leaves[index] for index in indices]
@@ -345,11 +331,10 @@ def _assemble(
     params: chex.ArrayTree, blocks: Blocks, turn: Sequence[int], steps: Sequence[Part]
 ) -> chex.ArrayTree:
     """The joint step, zero in the blocks at rest."""
-    dtype = vectors.accumulation_dtype(params)
-    direction = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+    direction = zeros = vectors.zeros_vector(params)
     for block, step in zip(turn, steps, strict=True):
         direction = _put(direction, blocks.leaves_of(block), step)
-    return jax.tree.map(lambda h, p: shard_like(h.astype(dtype), p), direction, params)
+    return jax.tree.map(lambda h, zero: shard_like(h.astype(zero.dtype), zero), direction, zeros)
 
 
 def _as_array(matrix: LinearOperator, params: Part) -> jax.Array:

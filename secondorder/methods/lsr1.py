@@ -37,17 +37,16 @@ from secondorder.methods.lsr1_model import (
     products_of_newest,
 )
 from secondorder.methods.lsr1_pairs import (
-    add_decay,
     can_be_stored,
     coarsest_resolution,
     curvature_gradients,
     make_pair,
     times,
-    unless_unusable,
     update_metric,
 )
 from secondorder.methods.lsr1_proposal import LastStep, Proposal, propose
 from secondorder.methods.lsr1_state import LSR1State, no_metrics, report
+from secondorder.methods.terminal import add_decay, choose_like, keep_unless, value_dtype
 from secondorder.objective import (
     all_finite,
     check_has_arrays,
@@ -56,7 +55,6 @@ from secondorder.objective import (
     value_and_aux,
     value_and_grad,
 )
-from secondorder.sharding import shard_like
 from secondorder.tree import PairMemory
 
 
@@ -212,7 +210,7 @@ def lsr1(
     def init(params: chex.ArrayTree) -> LSR1State:
         check_params(params, "lsr1")
         dtype = vectors.accumulation_dtype(params)
-        moments = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+        moments = vectors.zeros_vector(params)
         return LSR1State(
             count=jnp.zeros((), jnp.int32),
             memory=vectors.init_pairs(params, memory_size, storage_dtype),
@@ -223,7 +221,7 @@ def lsr1(
             rejected_in_a_row=jnp.zeros((), jnp.int32),
             largest_gradient=jnp.zeros((), dtype),
             diagonal=moments if diagonal else None,
-            value=jnp.asarray(jnp.inf, _value_dtype(params)) if full_batch else None,
+            value=jnp.asarray(jnp.inf, value_dtype(params)) if full_batch else None,
             grad=jax.tree.map(lambda p: jnp.zeros_like(p, p.dtype), params) if full_batch else None,
             metrics=no_metrics(dtype),
         )
@@ -321,11 +319,12 @@ def lsr1(
             largest_gradient=largest_gradient,
             diagonal=second_moments,
             value=jnp.where(accepted, trial_value, value) if full_batch else None,
-            grad=_choose(accepted, trial_grad, grad, params) if full_batch else None,
+            grad=choose_like(accepted, trial_grad, grad, params) if full_batch else None,
             metrics=report(state.metrics, sr1, proposal, params, is_due, ratio, accepted, restarts),
         )
         step = jax.tree.map(lambda p: jnp.where(accepted, p, jnp.zeros_like(p)), step)
-        return step, unless_unusable(usable, control, state)
+        # The memory takes care of itself: nothing that is not finite was written to it.
+        return step, keep_unless(usable, control, state._replace(memory=control.memory))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -393,22 +392,8 @@ def _evaluate(
     )
 
 
-def _choose(
-    condition: jax.Array, one: chex.ArrayTree, other: chex.ArrayTree, like: chex.ArrayTree
-) -> chex.ArrayTree:
-    """One of two trees, sharded like a third."""
-    return jax.tree.map(
-        lambda a, b, p: jnp.where(condition, shard_like(a, p), shard_like(b, p)), one, other, like
-    )
-
-
 def _rounded(params: chex.ArrayTree) -> chex.ArrayTree:
     """Keeps the compiler from evaluating half precision, which it may widen, somewhere else."""
     if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params)):
         return jax.lax.optimization_barrier(params)
     return params
-
-
-def _value_dtype(params: chex.ArrayTree) -> Any:
-    """What an objective returns that casts nothing; `optax.value_and_grad_from_state` compares."""
-    return jnp.result_type(*(jax.tree.leaves(params) or [jnp.float32]))

@@ -23,12 +23,11 @@ from secondorder.methods.lsr1_model import (
     solve_model,
 )
 from secondorder.methods.lsr1_pairs import (
-    add_decay,
     can_be_stored,
     coarsest_resolution,
     make_pair,
-    unless_unusable,
 )
+from secondorder.methods.terminal import add_decay, keep_unless
 from secondorder.objective import (
     all_finite,
     check_has_arrays,
@@ -211,7 +210,8 @@ def scale_by_lsr1(
         scaled = jax.tree.map(
             lambda d, u: jnp.where(usable, -d, 0).astype(u.dtype), scaled, updates
         )
-        return scaled, unless_unusable(usable, new_state, state)
+        # The memory takes care of itself: nothing that is not finite was written to it.
+        return scaled, keep_unless(usable, new_state, state._replace(memory=memory))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

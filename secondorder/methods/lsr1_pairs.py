@@ -8,33 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from secondorder import tree as vectors
-from secondorder.checks import is_number
+from secondorder.methods.terminal import add_decay
 from secondorder.objective import all_finite, check_value_fn, value_and_grad
-from secondorder.sharding import shard_like
 from secondorder.tree import PairMemory
-
-
-def add_decay(
-    value: jax.Array, grad: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
-) -> tuple[jax.Array, chex.ArrayTree]:
-    """Adds the value and gradient of ``weight_decay |params|^2 / 2``.
-
-    Args:
-      value: Value of the objective.
-      grad: Its gradient, a pytree of arrays.
-      params: The parameters.
-      weight_decay: Coefficient.
-
-    Returns:
-      Both, float32 or wider, the gradient sharded as the parameters.
-    """
-    dtype = vectors.accumulation_dtype(params)
-    value = jnp.asarray(value, dtype)
-    grad = jax.tree.map(lambda g, p: shard_like(g.astype(dtype), p), grad, params)
-    if is_number(weight_decay) and weight_decay == 0:
-        return value, grad
-    value += 0.5 * weight_decay * vectors.inner(params, params)
-    return value, jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), grad, params)
 
 
 def coarsest_resolution(*values: Any) -> float:
@@ -75,12 +51,10 @@ def update_metric(
     """
     if moments is None:
         return None, None
-    moments = jax.tree.map(
-        lambda v, g: jnp.where(usable, decay * v + (1 - decay) * g**2, v), moments, gradient
-    )
-    correction = 1 - jnp.asarray(decay, vectors.accumulation_dtype(gradient)) ** (count + 1)
+    squares = jax.tree.map(lambda g: jnp.where(usable, g**2, jnp.nan), gradient)
+    moments, corrected = vectors.moving_average(moments, squares, count, decay)
     tiny = 1e-8  # as in Adam
-    return moments, jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v / correction) + tiny), moments)
+    return moments, jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v) + tiny), corrected)
 
 
 def times(metric: chex.ArrayTree | None, vector: chex.ArrayTree) -> chex.ArrayTree:
@@ -172,22 +146,3 @@ def can_be_stored(pair: tuple[chex.ArrayTree, chex.ArrayTree], memory: PairMemor
     )
     squares = vectors.inner(s, s), vectors.inner(y, y)
     return all_finite(squares) & (squares[0] > 0)
-
-
-def unless_unusable(usable: jax.Array, new: Any, old: Any) -> Any:
-    """The new state; or the old one with one more batch counted, if the batch was not finite.
-
-    The memory takes care of itself: nothing that is not finite was written to it.
-
-    Args:
-      usable: Whether the batch was finite, a boolean scalar.
-      new: The state after the step, with ``memory`` and ``metrics``.
-      old: The state before it.
-
-    Returns:
-      One of the two, in the dtypes of the old one.
-    """
-    count = old.metrics.nonfinite_steps + 1
-    unchanged = old._replace(memory=new.memory, metrics=old.metrics._replace(nonfinite_steps=count))
-    # Hyperparameters and values may be wider than the state, which keeps its dtypes.
-    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, unchanged)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from secondorder.methods.lsr1_model import SR1Model
 from secondorder.methods.lsr1_proposal import Proposal
+from secondorder.methods.terminal import zero_metrics
 from secondorder.tree import PairMemory
 
 
@@ -84,9 +85,8 @@ def no_metrics(dtype: Any) -> LSR1Metrics:
     Returns:
       Zeros.
     """
-    numbers = LSR1Metrics(*(jnp.zeros((), jnp.int32) for _ in LSR1Metrics._fields))
     reals = ("ratio", "step_norm", "scale", "smallest_eigenvalue", "largest_eigenvalue")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
+    return zero_metrics(LSR1Metrics, dtype, reals)
 
 
 def report(

@@ -35,17 +35,26 @@ from secondorder.methods.newton_cg_step import (
     pose,
     search_along,
 )
-from secondorder.methods.terminal import Point, keep_unless, look, scaled_step, trial_value
+from secondorder.methods.terminal import (
+    Point,
+    at,
+    choose_like,
+    curvature_objective,
+    keep_unless,
+    look,
+    scaled_step,
+    trial_value,
+    value_dtype,
+    zero_metrics,
+)
 from secondorder.objective import (
     all_finite,
     check_params,
-    check_value_fn,
     value_and_aux,
     value_and_grad,
 )
 from secondorder.operators import LinearOperator, hessian
 from secondorder.operators.hessian import HessianMode
-from secondorder.sharding import shard_like
 from secondorder.solvers import CGResult, conjugate_gradient
 
 
@@ -232,14 +241,17 @@ def newton_cg(
     def init(params: chex.ArrayTree) -> NewtonCGState:
         check_params(params, "newton_cg")
         dtype = vectors.accumulation_dtype(params)
-        plain = jnp.result_type(*(jax.tree.leaves(params) or [jnp.float32]))
         return NewtonCGState(
             count=jnp.zeros((), jnp.int32),
             damping=jnp.array(damping, dtype),  # a copy, as states may be donated
             largest_gradient=jnp.zeros((), dtype),
-            value=jnp.asarray(jnp.inf, plain) if full_batch else None,
+            value=jnp.asarray(jnp.inf, value_dtype(params)) if full_batch else None,
             grad=jax.tree.map(lambda p: jnp.zeros_like(p, p.dtype), params) if full_batch else None,
-            metrics=_no_metrics(dtype),
+            metrics=zero_metrics(
+                NewtonCGMetrics,
+                dtype,
+                ("damping", "ratio", "rate", "predicted", "curvature", "residual"),
+            ),
         )
 
     def update(
@@ -295,7 +307,7 @@ def newton_cg(
             ),
             point,
             direction,
-            first=_at(learning_rate, state.count),
+            first=at(learning_rate, state.count),
             sufficient=sufficient,
             shrink=shrink,
             max_trials=max_trials,
@@ -340,24 +352,12 @@ def _check(settings: _Settings) -> None:
         check_range(name, getattr(settings, name), low=0, high=1, open_low=True)
 
 
-def _no_metrics(dtype: Any) -> NewtonCGMetrics:
-    numbers = NewtonCGMetrics(*(jnp.zeros((), jnp.int32) for _ in NewtonCGMetrics._fields))
-    reals = ("damping", "ratio", "rate", "predicted", "curvature", "residual")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
-
-
-def _at(schedule: optax.ScalarOrSchedule, count: jax.Array) -> chex.Numeric:
-    return schedule(count) if callable(schedule) else schedule
-
-
 def _build_matrix(
     settings: _Settings, value_fn: Any, curvature_fn: Any, point: Point
 ) -> LinearOperator:
     """The Hessian without damping."""
-    if curvature_fn is not None:
-        check_value_fn(curvature_fn, "newton_cg", "curvature_fn")
+    objective = curvature_objective("newton_cg", value_fn, curvature_fn, splits=False)
     with jax.named_scope("curvature"):
-        objective = value_fn if curvature_fn is None else curvature_fn
         return hessian(objective, point.params, settings.mode).damped(settings.weight_decay)
 
 
@@ -374,12 +374,7 @@ def _look_ahead(
     there = value_and_grad(value_fn, optax.apply_updates(params, step))
     finite = all_finite(there)
     kept_value = jnp.where(finite, there[0], value)
-    kept_grad = jax.tree.map(
-        lambda new, old, p: jnp.where(finite, shard_like(new, p), shard_like(old, p)),
-        there[1],
-        grad,
-        params,
-    )
+    kept_grad = choose_like(finite, there[1], grad, params)
     step = jax.tree.map(lambda s: jnp.where(finite, s, jnp.zeros_like(s)), step)
     return jnp.where(finite, rate, 0), step, (kept_value, kept_grad)
 

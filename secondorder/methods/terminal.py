@@ -1,6 +1,6 @@
 """What methods share that try their step themselves: the point, the trial, the end of an update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import chex
@@ -10,9 +10,11 @@ import optax
 
 from secondorder import tree as vectors
 from secondorder.checks import is_zero
+from secondorder.control import SearchResult, reduction_ratio
 from secondorder.objective import (
     all_finite,
     check_params,
+    check_split,
     check_value_fn,
     value_and_aux,
     value_and_grad,
@@ -20,6 +22,7 @@ from secondorder.objective import (
 from secondorder.sharding import shard_like
 
 State = TypeVar("State")
+Metrics = TypeVar("Metrics")
 
 
 class Point(NamedTuple):
@@ -70,14 +73,31 @@ def look(
     elif value is None:
         value = value_and_aux(value_fn)(params)[0]
     assert value is not None
+    value, gradient = add_decay(value, grad, params, weight_decay)
+    usable = all_finite((value, gradient))
+    gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
+    return Point(params, value, gradient, usable)
+
+
+def add_decay(
+    value: chex.Numeric, grad: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
+) -> tuple[jax.Array, chex.ArrayTree]:
+    """Adds the value and gradient of ``weight_decay |params|^2 / 2``.
+
+    Args:
+      value: Value of the objective.
+      grad: Its gradient, a pytree of arrays.
+      params: The parameters.
+      weight_decay: Coefficient.
+
+    Returns:
+      Both, float32 or wider, the gradient sharded as the parameters.
+    """
     dtype = vectors.accumulation_dtype(params)
     gradient = jax.tree.map(lambda g, p: shard_like(g.astype(dtype), p), grad, params)
     if not is_zero(weight_decay):
         gradient = jax.tree.map(lambda g, p: g + weight_decay * p.astype(dtype), gradient, params)
-    value = value.astype(dtype) + decay_term(params, weight_decay)
-    usable = all_finite((value, gradient))
-    gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
-    return Point(params, value, gradient, usable)
+    return jnp.asarray(value, dtype) + decay_term(params, weight_decay), gradient
 
 
 def decay_term(params: chex.ArrayTree, weight_decay: chex.Numeric) -> jax.Array:
@@ -151,6 +171,106 @@ def trial_value(
     """
     trial = optax.apply_updates(params, scaled_step(params, direction, rate))
     return decayed_value(value_fn, trial, weight_decay)
+
+
+def curvature_objective(
+    method: str, value_fn: Any, curvature_fn: Any, splits: bool = True
+) -> Callable[[Any], Any]:
+    """The objective of the curvature batch.
+
+    Args:
+      method: Name of the method, for messages.
+      value_fn: The objective, as ``update`` received it.
+      curvature_fn: That of the curvature, or None for the same.
+      splits: Whether the curvature needs the split into model and loss. Static.
+
+    Returns:
+      One of the two.
+
+    Raises:
+      TypeError: If it is not callable, or does not split.
+    """
+    check = check_split if splits else check_value_fn
+    check_value_fn(value_fn, method)
+    if curvature_fn is None:
+        check(value_fn, method)
+        return value_fn
+    check(curvature_fn, method, "curvature_fn")
+    return curvature_fn
+
+
+def at(schedule: optax.ScalarOrSchedule, count: jax.Array) -> chex.Numeric:
+    """The value of a schedule, or the number that stands for a constant one.
+
+    Args:
+      schedule: Maps the updates so far to a number; or the number.
+      count: Updates so far.
+
+    Returns:
+      A scalar.
+    """
+    return schedule(count) if callable(schedule) else schedule
+
+
+def value_dtype(params: chex.ArrayTree) -> jnp.dtype:
+    """What an objective returns that casts nothing; `optax.value_and_grad_from_state` compares.
+
+    Args:
+      params: The parameters.
+
+    Returns:
+      The dtype.
+    """
+    return jnp.result_type(*(jax.tree.leaves(params) or [jnp.float32]))
+
+
+def choose_like(
+    condition: jax.Array, one: chex.ArrayTree, other: chex.ArrayTree, like: chex.ArrayTree
+) -> chex.ArrayTree:
+    """One of two trees, sharded like a third.
+
+    Args:
+      condition: Whether it is the first, a boolean scalar.
+      one: A pytree of arrays.
+      other: Another like it.
+      like: A pytree of arrays of the same shapes.
+
+    Returns:
+      One of the two.
+    """
+    return jax.tree.map(
+        lambda a, b, p: jnp.where(condition, shard_like(a, p), shard_like(b, p)), one, other, like
+    )
+
+
+def judge(value: jax.Array, search: SearchResult, predicted: jax.Array) -> jax.Array:
+    """The ratio of the actual to the predicted reduction of a search.
+
+    Args:
+      value: The objective before it.
+      search: Its result.
+      predicted: The change that the model promised, negative for a reduction.
+
+    Returns:
+      A scalar; minus infinity if the step was rejected.
+    """
+    ratio = reduction_ratio(value, search.value, -predicted)
+    return jnp.where(search.accepted, ratio, -jnp.inf)
+
+
+def zero_metrics(kind: type[Metrics], dtype: Any, reals: Collection[str]) -> Metrics:
+    """The metrics before the first update.
+
+    Args:
+      kind: A `NamedTuple` of scalars.
+      dtype: Of those that are real numbers; the others are int32.
+      reals: The names of those.
+
+    Returns:
+      Zeros.
+    """
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    return kind(*(jnp.zeros((), dtype if name in reals else jnp.int32) for name in fields))
 
 
 def keep_unless(usable: jax.Array, new: State, old: State) -> State:

@@ -20,26 +20,12 @@ import jax
 from secondorder.objective import Objective, value_and_aux
 from secondorder.operators.gauss_newton import LinearizationMode, linearize_model, output_hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
-from secondorder.operators.pieces import over_pieces
+from secondorder.operators.pieces import over_pieces, restrict
 from secondorder.tree import accumulation_dtype
-from secondorder.tree.blocks import Blocks
+from secondorder.tree.blocks import Blocks, hold_others
 
 Part: TypeAlias = list[jax.Array]  # the leaves of one block
 PartProduct: TypeAlias = Callable[[Part], Part]
-
-
-def _restricted(
-    function: Callable[[Any], Any], params: chex.ArrayTree, block: Sequence[int]
-) -> Callable[[Part], Any]:
-    """A function of the parameters as one of a block of them, with the others held."""
-    leaves, structure = jax.tree.flatten(params)
-
-    def of_block(part: Part) -> Any:
-        moved = dict(zip(block, part, strict=True))
-        point = [moved.get(index, leaf) for index, leaf in enumerate(leaves)]
-        return function(jax.tree.unflatten(structure, point))
-
-    return of_block
 
 
 def _assemble(
@@ -106,9 +92,7 @@ def _gauss_newton_of_piece(
     products, hessian = [], None
     for block in range(len(blocks)):
         indices = blocks.leaves_of(block)
-        of_block = Objective(
-            _restricted(objective.model, params, indices), objective.loss, objective.has_aux
-        )
+        of_block = restrict(objective, params, indices)
         at = linearize_model(of_block, [leaves[index] for index in indices], mode)
         hessian = hessian or output_hessian(objective.loss, at.outputs, mode)
         products.append(_sandwich(at.forward, hessian, at.backward))
@@ -156,7 +140,7 @@ def _hessian_of_piece(
     products = []
     for block in range(len(blocks)):
         indices = blocks.leaves_of(block)
-        value = _restricted(value_and_aux(value_fn), params, indices)
+        value = hold_others(value_and_aux(value_fn), params, indices)
         gradient = jax.grad(value, has_aux=True)
         products.append(_linearized(gradient, [leaves[index] for index in indices], dtype))
     return _assemble(products, blocks, params)

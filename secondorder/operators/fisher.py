@@ -26,7 +26,8 @@ from secondorder.operators.output_factor import (
     output_factor,
     widen_outputs,
 )
-from secondorder.operators.pieces import mean_over_pieces, over_pieces, zeros_vector
+from secondorder.operators.pieces import mean_over_pieces, over_pieces
+from secondorder.tree import zeros_vector
 
 SplitObjective: TypeAlias = Objective[Any] | Microbatches[Any]
 Noise: TypeAlias = Literal["rademacher", "normal"]

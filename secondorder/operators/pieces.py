@@ -3,15 +3,15 @@
 The only file of the room that knows that there are two kinds of objectives.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
-import jax
-import jax.numpy as jnp
 
 from secondorder.objective import Microbatches
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
+from secondorder.tree import hold_others, zeros_vector
 
 
 def over_pieces(
@@ -69,17 +69,27 @@ def mean_over_pieces(
     return objective.mean(measure, zeros_vector(params))
 
 
-def zeros_vector(params: chex.ArrayTree) -> chex.ArrayTree:
-    """The zero vector at a point, float32 or wider, sharded as the parameters.
+def restrict(objective: Any, params: chex.ArrayTree, indices: Sequence[int]) -> Any:
+    """A split objective as one of a few leaves of the parameters, with the others held.
 
     Args:
+      objective: An `Objective` or `Microbatches`.
       params: The point, a pytree of arrays.
+      indices: Positions of the leaves in ``jax.tree.leaves(params)``.
 
     Returns:
-      A pytree of zeros.
+      An objective of a list of these leaves.
 
     Example:
-      >>> zeros_vector(jnp.ones(2, jnp.bfloat16)).dtype
-      dtype('float32')
+      >>> from secondorder.objective import Objective
+      >>> objective = Objective(lambda p: p["a"] * p["b"], jnp.sum)
+      >>> held = restrict(objective, {"a": jnp.float32(2), "b": jnp.float32(3)}, [1])
+      >>> float(held([jnp.float32(5)]))
+      10.0
     """
-    return jax.tree.map(lambda p, v: jnp.zeros_like(p, v.dtype), params, vectors_like(params))
+    if isinstance(objective, Microbatches):
+        return Microbatches(
+            lambda batch: restrict(objective.objective_on(batch), params, indices),
+            objective.batches,
+        )
+    return dataclasses.replace(objective, model=hold_others(objective.model, params, indices))

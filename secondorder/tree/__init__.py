@@ -5,6 +5,7 @@ from secondorder.tree.blocks import (
     BlockSetting,
     block_inner,
     block_scale,
+    hold_others,
     label_blocks,
     one_block,
 )
@@ -21,10 +22,12 @@ from secondorder.tree.vectors import (
     accumulation_dtype,
     combine,
     inner,
+    moving_average,
     project,
     read,
     write,
     zeros_stack,
+    zeros_vector,
 )
 
 __all__ = [
@@ -37,9 +40,11 @@ __all__ = [
     "combine",
     "combine_pairs",
     "drop_pairs",
+    "hold_others",
     "init_pairs",
     "inner",
     "label_blocks",
+    "moving_average",
     "newest_slot",
     "one_block",
     "project",
@@ -48,4 +53,5 @@ __all__ = [
     "read",
     "write",
     "zeros_stack",
+    "zeros_vector",
 ]

@@ -6,7 +6,7 @@ all blocks at once is one vector as usual, and one scalar per block: an array of
 
 import collections
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import chex
@@ -150,3 +150,31 @@ def block_scale(blocks: Blocks, coefficients: jax.Array, x: chex.ArrayTree) -> c
         for label, leaf in zip(blocks.labels, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, scaled)
+
+
+def hold_others(
+    function: Callable[[Any], Any], tree: chex.ArrayTree, indices: Sequence[int]
+) -> Callable[[list[jax.Array]], Any]:
+    """A function of a pytree as one of a few of its leaves, with the others held.
+
+    Args:
+      function: Maps a pytree like ``tree`` to anything.
+      tree: The point, a pytree of arrays.
+      indices: Positions of the leaves in ``jax.tree.leaves(tree)``.
+
+    Returns:
+      A function of the list of these leaves.
+
+    Example:
+      >>> held = hold_others(lambda p: p["a"] * p["b"], {"a": 2, "b": 3}, [1])
+      >>> held([5])
+      10
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def of_leaves(part: list[jax.Array]) -> Any:
+        moved = dict(zip(indices, part, strict=True))
+        point = [moved.get(index, leaf) for index, leaf in enumerate(leaves)]
+        return function(jax.tree.unflatten(structure, point))
+
+    return of_leaves

@@ -39,6 +39,23 @@ def accumulation_dtype(tree: chex.ArrayTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
 
 
+def zeros_vector(params: chex.ArrayTree) -> chex.ArrayTree:
+    """The zero vector at a point, float32 or wider, sharded as the parameters.
+
+    Args:
+      params: The point, a pytree of arrays.
+
+    Returns:
+      A pytree of zeros.
+
+    Example:
+      >>> zeros_vector(jnp.ones(2, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    dtype = accumulation_dtype(params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+
+
 def zeros_stack(tree: chex.ArrayTree, size: int, dtype: DTypeLike) -> chex.ArrayTree:
     """A stack of zero vectors, each leaf sharded as the one that it belongs to.
 
@@ -60,6 +77,41 @@ def zeros_stack(tree: chex.ArrayTree, size: int, dtype: DTypeLike) -> chex.Array
         return jax.lax.broadcast(jnp.zeros_like(leaf, dtype), (size,))
 
     return jax.tree.map(zeros, tree)
+
+
+def moving_average(
+    average: chex.ArrayTree, new: chex.ArrayTree, count: jax.Array, decay: chex.Numeric
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    r"""An exponential average over steps, and the same without its bias towards zero.
+
+    .. math:: a_{t+1} = \beta a_t + (1 - \beta) x_t, \qquad
+      \hat a_{t+1} = a_{t+1} / (1 - \beta^{t+1})
+
+    Args:
+      average: The biased average :math:`a_t`, zero at first.
+      new: What is averaged, :math:`x_t`; entries that are not finite leave the average as it is.
+      count: Steps before this one, :math:`t`.
+      decay: :math:`\beta` in [0, 1).
+
+    Returns:
+      The new average, and the corrected one.
+
+    Example:
+      >>> average, corrected = moving_average(jnp.zeros(1), jnp.ones(1), jnp.int32(0), 0.5)
+      >>> average.tolist(), corrected.tolist()
+      ([0.5], [1.0])
+
+    Source: Kingma, Ba (2015), Adam, section 3.
+    """
+    dtype = accumulation_dtype(average)
+    decay = jnp.asarray(decay, dtype)
+    moved = jax.tree.map(
+        lambda a, x: jnp.where(jnp.isfinite(x), decay * a + (1 - decay) * x, a).astype(a.dtype),
+        average,
+        new,
+    )
+    correction = 1 - decay ** (count + 1)
+    return moved, jax.tree.map(lambda a: a / correction, moved)
 
 
 def inner(x: chex.ArrayTree, y: chex.ArrayTree) -> jax.Array:
