@@ -179,6 +179,7 @@ def lsr1(
     grow: float | None = None,
     slope_rate: float | None = None,
     slope_target: float | None = None,
+    smallest: float | None = None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`secondorder.lsr1` with the numbers of its radius rule as settings of their own."""
@@ -187,6 +188,7 @@ def lsr1(
         "grow": grow,
         "slope_rate": slope_rate,
         "slope_target": slope_target,
+        "smallest": smallest,
     }
     given = {name: factor for name, factor in factors.items() if factor is not None}
     if given:
