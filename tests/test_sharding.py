@@ -13,6 +13,7 @@ import secondorder as so
 from secondorder.layers import probes, statistics
 from secondorder.layers.layer import trace_layers
 from secondorder.sharding import replicated_zeros
+from tests.meshes import make_mesh, use_mesh
 
 P = PartitionSpec
 needs_rules = pytest.mark.skipif(
@@ -80,15 +81,6 @@ def conv_and_embedding(params, images, words):
     return jnp.mean((jnp.tanh(seen + read) @ params["w"]) ** 2)
 
 
-def make_mesh(kind):
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-
-
-def use_mesh(mesh):
-    """`jax.set_mesh`, by the name that it had before JAX 0.7."""
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
-
-
 def put(mesh, tree, places):
     return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, places)
 
@@ -140,7 +132,7 @@ def test_statistics_on_an_explicit_mesh(x64, name):
     assert len(layers) == 3
     expected = jax.jit(lambda p, *b: all_statistics(loss, layers, p, b))(params, *batch)
 
-    mesh = make_mesh(AxisType.Explicit)
+    mesh = make_mesh(4, 2)
     with use_mesh(mesh):
         params = put(mesh, params, places)
         batch = put(mesh, batch, (P("data"), P("data")))
@@ -230,7 +222,7 @@ def test_kbfgs_step(x64, kind, name, settings):
     loss, params, places, batch = CASES[name]
     optimizer, expected = train_on_one_device(name.removesuffix("_replicated"), settings)
 
-    mesh = make_mesh(kind)
+    mesh = make_mesh(4, 2, kind=kind)
     with use_mesh(mesh):
         params = put(mesh, double(params), places)
         batch = put(mesh, double(batch), (P("data"), P("data")))

@@ -6,9 +6,15 @@ from pathlib import Path
 import numpy as np
 import pooch
 import pytest
-from data_files import write_a9a, write_cifar, write_faces, write_idx, write_shakespeare
 
 from benchmarks.data import DataOptions
+from tests.benchmarks.data_files import (
+    write_a9a,
+    write_cifar,
+    write_faces,
+    write_idx,
+    write_shakespeare,
+)
 
 
 @pytest.fixture(autouse=True)

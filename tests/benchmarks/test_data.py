@@ -7,11 +7,11 @@ import numpy as np
 import pooch
 import pytest
 import scipy.io
-from data_files import write_faces, write_idx
 
 from benchmarks import data
 from benchmarks.data.formats import read_idx, read_libsvm, read_olivetti
 from benchmarks.data.sources import MNIST, DataError, DataOptions
+from tests.benchmarks.data_files import write_faces, write_idx
 
 
 class TestIdx:

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_files import write_cifar, write_shakespeare
 
 from benchmarks import data, networks, sequences
 from benchmarks.data import DataError, DataOptions, Split, Splits
 from benchmarks.data.formats import _ArrayUnpickler
 from benchmarks.problems import PROBLEMS
+from tests.benchmarks.data_files import write_cifar, write_shakespeare
 
 
 def test_lstm_is_its_recurrence():

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factor_oracles import averaged_pairs, bfgs, convex_pairs, random_inverse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from secondorder.factors import (
     damp_pair,
     inverse_bfgs_update,
 )
+from tests.factors.factor_oracles import averaged_pairs, bfgs, convex_pairs, random_inverse
 
 N = 7
 few = settings(

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factor_oracles import random_inverse
 
 from secondorder.factors import (
     Pair,
@@ -18,6 +17,7 @@ from secondorder.factors import (
     normalize_pair,
     powell_damping,
 )
+from tests.factors.factor_oracles import random_inverse
 
 N = 9
 RULES = ["powell_lm", "powell_identity"]

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factor_oracles import averaged_pairs, bfgs_of, convex_pairs, remember
 
 from secondorder.factors import (
     Bookkeeping,
@@ -19,6 +18,7 @@ from secondorder.factors import (
     push_pair,
     write_pair,
 )
+from tests.factors.factor_oracles import averaged_pairs, bfgs_of, convex_pairs, remember
 
 N, P = 6, 4
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_models import assert_close, measure_objective, normal
+
+from tests.layers.layer_models import assert_close, measure_objective, normal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_models import fill, normal
 
 import secondorder as so
 from secondorder.layers.layer import check_leaves, trace_layers
+from tests.layers.layer_models import fill, normal
 
 X = normal(4, 3)
 

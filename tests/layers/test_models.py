@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from layer_models import CASES, Case, Expected, assert_close, measure
+
+from tests.layers.layer_models import CASES, Case, Expected, assert_close, measure
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

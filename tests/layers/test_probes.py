@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_models import normal, tokens
 
 import secondorder as so
 from secondorder.layers import probes
 from secondorder.layers.layer import trace_layers
+from tests.layers.layer_models import normal, tokens
 
 X = normal(4, 3)
 

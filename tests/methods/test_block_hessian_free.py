@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from least_squares import dense, make_problem, train
 
 import secondorder as so
 from secondorder.operators import ENGINES
+from tests.methods.least_squares import dense, make_problem, train
 
 BLOCKS = (slice(0, 16), slice(16, 26))  # of the raveled parameters
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from least_squares import dense, make_problem, train
 
 import secondorder as so
+from tests.methods.least_squares import dense, make_problem, train
 
 
 @pytest.mark.parametrize("solver", ["conjugate_gradient", "dual"])

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from least_squares import dense, make_problem, train
 
 import secondorder as so
 from secondorder.control import DampingRule
+from tests.methods.least_squares import dense, make_problem, train
 
 
 @pytest.mark.parametrize("backtracking", [True, False])

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kbfgs_oracle import Oracle, Record
 
 import secondorder as so
+from tests.methods.kbfgs_oracle import Oracle, Record
 
 SIZES = [4, 4, 4, 3]  # two layers of one shape, and one of another
 BATCH = 6

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import secondorder as so
 from secondorder import krylov_subspace_descent
+from tests.meshes import make_mesh, place, use_mesh
 from tests.methods.comparisons import all_finite, all_zero, identical
 
 STATIC = ("subspace_size", "preconditioner_probes", "max_evaluations")
@@ -330,64 +331,21 @@ def test_bad_hyperparameters_are_named(name, value):
         krylov_subspace_descent(**{name: value})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype):
-    objective = objective_on(X.astype(dtype), Y.astype(dtype))
-    tx, step = compiled(objective, subspace_size=4, weight_decay=1e-4)
-    params = start_of(dtype)
-    state = tx.init(params)
-    for _ in range(6):
-        updates, new = step(params, state)
-        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
-        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-        params, state = optax.apply_updates(params, updates), new
-    assert objective(params) < 0.8 * objective(start_of(dtype))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.step)} == {jnp.dtype("float32")}
-
-
-def test_injected_numbers_scan_and_vmap():
-    """Numbers are traced; seeds are mapped over, and do what they do alone."""
-    tx = optax.inject_hyperparams(krylov_subspace_descent, static_args=STATIC)(
-        subspace_size=3, preconditioner="empirical_fisher", weight_decay=1e-4, max_evaluations=5
-    )
-    state = tx.init(start_of())
-    assert set(state.hyperparams) >= {"eigenvalue_floor", "weight_decay", "shrink", "sufficient"}
-
-    def run(params):
-        def body(carry, _):
-            params, state = carry
-            grads = jax.grad(OBJECTIVE)(params)
-            updates, state = tx.update(grads, state, params, value_fn=OBJECTIVE)
-            return (optax.apply_updates(params, updates), state), OBJECTIVE(params)
-
-        return jax.lax.scan(body, (params, tx.init(params)), length=4)[1]
-
-    starts = [jax.tree.map(lambda leaf, c=c: c * leaf, start_of()) for c in (1.0, 0.5)]
-    values = jax.jit(jax.vmap(run))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
-    for found, start in zip(values, starts, strict=True):
-        np.testing.assert_allclose(found, jax.jit(run)(start), rtol=1e-2)
-        assert found[-1] < 0.8 * found[0]
-
-
 def test_explicit_mesh():
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    mesh = make_mesh(2, 2)
     settings = {"subspace_size": 3, "preconditioner": "empirical_fisher", "max_evaluations": 3}
     tx, plain = compiled(OBJECTIVE, **settings)
     expected, _ = plain(start_of(), tx.init(start_of()))
 
-    def place(array, *axes):
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    with use(mesh):
+    with use_mesh(mesh):
         fresh = start_of()
         params = {
-            "w": place(fresh["w"], None, "model"),
-            "b": place(fresh["b"], "model"),
-            "v": place(fresh["v"], "model", None),
-            "scale": place(fresh["scale"]),
+            "w": place(mesh, fresh["w"], None, "model"),
+            "b": place(mesh, fresh["b"], "model"),
+            "v": place(mesh, fresh["v"], "model", None),
+            "scale": place(mesh, fresh["scale"]),
         }
-        x, y = place(X, "data", None), place(Y, "data", None)
+        x, y = place(mesh, X, "data", None), place(mesh, Y, "data", None)
 
         def sharded_model(p):
             hidden = jnp.tanh(x @ p["w"] + p["b"])
@@ -403,14 +361,6 @@ def test_explicit_mesh():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-4), updates, expected
     )
-
-
-def test_no_buffer_is_in_the_state_twice():
-    tx, params = krylov_subspace_descent(subspace_size=2), start_of()
-    _, new = tx.update(jax.grad(OBJECTIVE)(params), tx.init(params), params, value_fn=OBJECTIVE)
-    for tree in (tx.init(params), new):
-        pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
-        assert len(set(pointers)) == len(pointers)
 
 
 def test_the_search_shares_the_pass_of_the_caller():

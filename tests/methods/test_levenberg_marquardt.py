@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from comparisons import all_finite, all_zero, identical
 
 from secondorder import levenberg_marquardt
 from secondorder.objective import Microbatches, Objective
+from tests.methods.comparisons import all_finite, all_zero, identical
 
 TIMES = np.linspace(0, 1, 15)
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import secondorder as so
+from tests.meshes import make_mesh, use_mesh
 from tests.methods.comparisons import all_finite, all_zero, identical
 
 SETTINGS = {
@@ -612,9 +613,8 @@ def mesh_problem():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_sharded_parameters_take_the_same_path(x64, kind):
     tx, data, expected, expected_state = mesh_problem()
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
-    with use(mesh):
+    mesh = make_mesh(4, 2, kind=kind)
+    with use_mesh(mesh):
         params = {
             name: jax.device_put(leaf, NamedSharding(mesh, PLACES[name]))
             for name, leaf in wide_params().items()
@@ -638,9 +638,8 @@ def test_sharded_parameters_take_the_same_path(x64, kind):
 
 def test_a_random_step_works_on_an_explicit_mesh():
     """On which the branches of the choice must agree in their shardings."""
-    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
-    with use(mesh):
+    mesh = make_mesh(1, 1)
+    with use_mesh(mesh):
         params = jax.device_put(jnp.zeros((2, 4)), NamedSharding(mesh, P(None, "model")))
         tx = lsr1(storage_dtype=jnp.bfloat16)
 

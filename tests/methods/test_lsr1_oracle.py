@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lsr1_oracle import Oracle
 
 import secondorder as so
+from tests.methods.lsr1_oracle import Oracle
 
 SIZES = [3, 4, 2]
 BATCH = 6

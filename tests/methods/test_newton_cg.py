@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import secondorder as so
 from secondorder import newton_cg
 from secondorder.control import DampingRule
 from secondorder.objective import Microbatches, value_and_aux
+from tests.meshes import make_mesh, place, use_mesh
 from tests.methods.comparisons import all_finite, all_zero, identical
 
 
@@ -400,71 +401,18 @@ def test_bad_hyperparameters_are_named(name, value):
         newton_cg(**{name: value})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype):
-    data = (X.astype(dtype), Y.astype(dtype))
-    objective = functools.partial(loss, x=data[0], y=data[1])
-    start = start_of(dtype)
-    tx = newton_cg(weight_decay=1e-3, full_batch=True)
-    state, params = tx.init(start), start
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(objective)(params)
-        updates, state = tx.update(grads, state, params, value_fn=objective)
-        return updates, state
-
-    for _ in range(8):
-        updates, new = step(params, state)
-        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
-        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-        params, state = optax.apply_updates(params, updates), new
-    assert objective(params) < 0.7 * objective(start)
-    assert all_finite(params)
-
-
-@pytest.mark.parametrize("full_batch", [False, True])
-def test_injected_numbers_scan_and_vmap(full_batch):
-    """Numbers are traced; seeds are mapped over, and do what they do alone."""
-    static = ("max_iterations", "max_trials", "full_batch")
-    make = optax.inject_hyperparams(newton_cg, static_args=static)
-    tx = make(
-        damping=1e-3, full_batch=full_batch, weight_decay=1e-4, damping_rule=DampingRule(),
-        learning_rate=optax.constant_schedule(1.0),
-    )  # fmt: skip
-
-    def run(params):
-        def body(carry, _):
-            params, state = carry
-            grads = jax.grad(loss)(params)
-            updates, state = tx.update(grads, state, params, value_fn=loss)
-            return (optax.apply_updates(params, updates), state), loss(params)
-
-        return jax.lax.scan(body, (params, tx.init(params)), length=5)[1]
-
-    starts = [jax.tree.map(lambda leaf, c=c: c * leaf, start_of()) for c in (1.0, 0.1)]
-    values = jax.jit(jax.vmap(run))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
-    for found, start in zip(values, starts, strict=True):
-        np.testing.assert_allclose(found, jax.jit(run)(start), rtol=1e-3)
-        assert found[-1] < 0.8 * found[0]
-
-
 def test_explicit_mesh():
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    mesh = make_mesh(2, 2)
     expected = trained()[2](start_of(), newton_cg().init(start_of()))[0]
 
-    def place(array, *axes):
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    with use(mesh):
+    with use_mesh(mesh):
         fresh = start_of()
         params = {
-            "w": place(fresh["w"], None, "model"),
-            "b": place(fresh["b"], "model"),
-            "scale": place(fresh["scale"]),
+            "w": place(mesh, fresh["w"], None, "model"),
+            "b": place(mesh, fresh["b"], "model"),
+            "scale": place(mesh, fresh["scale"]),
         }
-        x, y = place(X, "data", None), place(Y, "data", None)
+        x, y = place(mesh, X, "data", None), place(mesh, Y, "data", None)
         objective = functools.partial(loss, x=x, y=y)
         tx = newton_cg(full_batch=True)
         state = jax.jit(tx.init)(params)
@@ -477,16 +425,6 @@ def test_explicit_mesh():
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
         assert jax.typeof(updates["w"]).sharding.spec == PartitionSpec(None, "model")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, expected)
-
-
-def test_no_buffer_is_in_the_state_twice():
-    damping = jnp.float32(0.5)
-    tx, params = newton_cg(damping=damping, full_batch=True), start_of()
-    state = tx.init(params)
-    _, new = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
-    for tree in (state, new):
-        pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((tree, damping))]
-        assert len(set(pointers)) == len(pointers)
 
 
 def test_microbatches():

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from comparisons import all_finite, all_zero, identical
 
 import secondorder as so
 from secondorder.methods.positive_curvature import (
@@ -16,6 +15,7 @@ from secondorder.methods.positive_curvature import (
 )
 from secondorder.operators.expectation import expected_curvature, expected_operator
 from secondorder.operators.positive_curvature import block_positive_curvature
+from tests.methods.comparisons import all_finite, all_zero, identical
 
 WIDTHS = (4, 6, 5, 3)
 PAPER = {"solver": "conjugate_gradient", "max_iterations": 50, "residual": 0.1}

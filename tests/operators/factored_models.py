@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from operator_models import normal
 
 import secondorder as so
 from secondorder.tree.blocks import Blocks, label_blocks
+from tests.operators.operator_models import normal
 
 CASES = 4
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {}

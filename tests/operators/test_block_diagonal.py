@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factored_models import block_mask, deep_mlp, each_leaf, product_cost
-from operator_models import (
+
+import secondorder as so
+from secondorder.objective import Microbatches
+from secondorder.operators.block_diagonal import block_gauss_newton, block_hessian
+from secondorder.tree.blocks import label_blocks, one_block
+from tests.operators.factored_models import block_mask, deep_mlp, each_leaf, product_cost
+from tests.operators.operator_models import (
     MODELS,
     assert_close,
     build,
@@ -13,11 +18,6 @@ from operator_models import (
     dense_hessian,
     normal,
 )
-
-import secondorder as so
-from secondorder.objective import Microbatches
-from secondorder.operators.block_diagonal import block_gauss_newton, block_hessian
-from secondorder.tree.blocks import label_blocks, one_block
 
 
 @pytest.mark.parametrize("model", MODELS)

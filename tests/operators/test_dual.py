@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factored_models import MODELS, block_mask, build, cut, each_leaf
 from jax.flatten_util import ravel_pytree
-from operator_models import assert_close, dense_gauss_newton, normal
 
 import secondorder as so
 from secondorder.operators.block_diagonal import block_gauss_newton
 from secondorder.operators.dual import dual_gram, dual_solve
 from secondorder.operators.factored import factor_gauss_newton
 from secondorder.tree.blocks import label_blocks, one_block
+from tests.operators.factored_models import MODELS, block_mask, build, cut, each_leaf
+from tests.operators.operator_models import assert_close, dense_gauss_newton, normal
 
 
 def random_like(params, seed=7):

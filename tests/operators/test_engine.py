@@ -4,8 +4,6 @@ import math
 
 import jax.numpy as jnp
 import pytest
-from factored_models import build, deep_mlp, flops, product_cost
-from operator_models import normal
 
 import secondorder as so
 from secondorder.operators.block_diagonal import block_gauss_newton
@@ -19,6 +17,8 @@ from secondorder.operators.engine import (
 )
 from secondorder.operators.factored import factor_gauss_newton, trace_or_reason
 from secondorder.tree.blocks import label_blocks, one_block
+from tests.operators.factored_models import build, deep_mlp, flops, product_cost
+from tests.operators.operator_models import normal
 
 
 def workload(objective, params, blocks=None):

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factored_models import (
+
+import secondorder as so
+from secondorder.objective import Microbatches
+from secondorder.operators.block_diagonal import block_gauss_newton
+from secondorder.operators.factored import factor_gauss_newton, why_not_factored
+from secondorder.tree.blocks import label_blocks, one_block
+from tests.operators.factored_models import (
     CASES,
     MODELS,
     block_mask,
@@ -15,13 +21,7 @@ from factored_models import (
     loss,
     product_cost,
 )
-from operator_models import assert_close, dense_gauss_newton, normal
-
-import secondorder as so
-from secondorder.objective import Microbatches
-from secondorder.operators.block_diagonal import block_gauss_newton
-from secondorder.operators.factored import factor_gauss_newton, why_not_factored
-from secondorder.tree.blocks import label_blocks, one_block
+from tests.operators.operator_models import assert_close, dense_gauss_newton, normal
 
 
 def matrices(name):

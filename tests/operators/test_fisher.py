@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from operator_models import (
+
+import secondorder as so
+from secondorder.operators import (
+    apply_factor,
+    empirical_fisher,
+    empirical_fisher_diagonal,
+    fisher,
+    gauss_newton_diagonal,
+    output_factor,
+)
+from tests.operators.operator_models import (
     LOSSES,
     MODELS,
     assert_close,
@@ -18,16 +28,6 @@ from operator_models import (
     dense_output_hessian,
     matrix_of,
     normal,
-)
-
-import secondorder as so
-from secondorder.operators import (
-    apply_factor,
-    empirical_fisher,
-    empirical_fisher_diagonal,
-    fisher,
-    gauss_newton_diagonal,
-    output_factor,
 )
 
 KEY = jax.random.key(0)

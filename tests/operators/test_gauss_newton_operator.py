@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from operator_models import (
+
+import secondorder as so
+from secondorder.operators import gauss_newton, linearize_model, output_hessian
+from tests.operators.operator_models import (
     LOSSES,
     MODELS,
     assert_close,
@@ -14,9 +17,6 @@ from operator_models import (
     normal,
     reverse_only_tanh,
 )
-
-import secondorder as so
-from secondorder.operators import gauss_newton, linearize_model, output_hessian
 
 NONLINEAR = {"tanh", "exp", "exp2", "logistic", "log", "log1p", "erf"}
 MODES = ("forward", "reverse")

@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from operator_models import (
+
+import secondorder as so
+from secondorder.operators import hessian
+from tests.operators.operator_models import (
     MODELS,
     assert_close,
     build,
@@ -13,9 +16,6 @@ from operator_models import (
     normal,
     reverse_only_tanh,
 )
-
-import secondorder as so
-from secondorder.operators import hessian
 
 MODES = {"forward_over_reverse": 1e-12, "reverse_over_reverse": 1e-12, "central_difference": 1e-6}
 

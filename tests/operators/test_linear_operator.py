@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from operator_models import assert_close, normal
 
 from secondorder.operators import LinearOperator, vectors_like
+from tests.operators.operator_models import assert_close, normal
 
 POINT = {"a": [normal(2, 2), normal()], "b": (normal(3, seed=1),)}
 SIZE = 8

@@ -8,16 +8,6 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from operator_models import (
-    MODELS,
-    assert_close,
-    case_gradients,
-    dense_gauss_newton,
-    dense_hessian,
-    make_batch,
-    matrix_of,
-    objective_on,
-)
 
 import secondorder as so
 from secondorder.objective import Microbatches, check_split, value_and_grad
@@ -29,6 +19,16 @@ from secondorder.operators import (
     gauss_newton_diagonal,
     hessian,
     linearize_model,
+)
+from tests.operators.operator_models import (
+    MODELS,
+    assert_close,
+    case_gradients,
+    dense_gauss_newton,
+    dense_hessian,
+    make_batch,
+    matrix_of,
+    objective_on,
 )
 
 KEY = jax.random.key(0)

@@ -4,17 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chain_models import (
-    approximate,
-    approximate_matrix,
-    exact,
-    leaf_blocks,
-    loss_of,
-    normal,
-    objective_of,
-    params_of,
-    run,
-)
 
 import secondorder as so
 from secondorder.objective import Microbatches
@@ -28,6 +17,17 @@ from secondorder.operators.expectation import (
 from secondorder.operators.positive_curvature import (
     block_positive_curvature,
     positive_curvature,
+)
+from tests.operators.chain_models import (
+    approximate,
+    approximate_matrix,
+    exact,
+    leaf_blocks,
+    loss_of,
+    normal,
+    objective_of,
+    params_of,
+    run,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")

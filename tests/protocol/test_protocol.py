@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import LAYERS, REGISTRY
 
 import secondorder as so
+from tests.meshes import make_mesh, place, use_mesh
+from tests.protocol.registry import LAYERS, REGISTRY
 
 RATE = 0.1
 STEPS = 3
@@ -274,23 +275,17 @@ def test_half_precision_trains(entry, dtype):
 def test_sharding_is_a_fixed_point_on_an_explicit_mesh(reference):
     """Nothing is run; what is asked here is that no operation has to guess a sharding."""
     # With one device JAX 0.6 forgets the axes of what `init` returns.
-    mesh = jax.make_mesh(
-        (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
-    )
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    mesh = make_mesh(2, 2)
     spec = jax.sharding.PartitionSpec
 
-    def place(array, *axes):
-        return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec(*axes)))
-
-    with use(mesh):
+    with use_mesh(mesh):
         fresh, batch = params_of(), batch_of(0)
         params = {
-            "w": place(fresh["w"], None, "model"),
-            "b": place(fresh["b"], "model"),
-            "scale": place(fresh["scale"]),
+            "w": place(mesh, fresh["w"], None, "model"),
+            "b": place(mesh, fresh["b"], "model"),
+            "scale": place(mesh, fresh["scale"]),
         }
-        batch = tuple(place(array, "data", None) for array in batch)
+        batch = tuple(place(mesh, array, "data", None) for array in batch)
         state = jax.jit(reference.tx.init)(params)
         new = jax.eval_shape(make_step(reference.tx), params, state, batch)
 

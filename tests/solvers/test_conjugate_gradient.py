@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from solver_oracles import assert_finite, few, seeds
 
 from secondorder.solvers import conjugate_gradient, predicted_decrease, stored_iterations
 from secondorder.solvers.progress import has_stalled, init_model_ring, record_model
 from secondorder.tree import Blocks, one_block
+from tests.solvers.solver_oracles import assert_finite, few, seeds
 
 BLOCKS = Blocks(("ab", "c", "d"), (0, 0, 1, 2))
 SIZES = (10, 1, 5)

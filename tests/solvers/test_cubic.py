@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from solver_oracles import (
+
+from secondorder.solvers import (
+    cubic_decrease,
+    cubic_step,
+    separable_cubic_decrease,
+    separable_cubic_step,
+)
+from tests.solvers.solver_oracles import (
     CASES,
     K,
     as_model,
@@ -22,13 +29,6 @@ from solver_oracles import (
     seeds,
     spread_model,
     vector,
-)
-
-from secondorder.solvers import (
-    cubic_decrease,
-    cubic_step,
-    separable_cubic_decrease,
-    separable_cubic_step,
 )
 
 solve = jax.jit(cubic_step)

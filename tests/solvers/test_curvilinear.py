@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from solver_oracles import (
+
+from secondorder.solvers import curvilinear_decrease, curvilinear_search, curvilinear_steps
+from tests.solvers.solver_oracles import (
     CASES,
     K,
     as_model,
@@ -18,8 +20,6 @@ from solver_oracles import (
     spread_model,
     vector,
 )
-
-from secondorder.solvers import curvilinear_decrease, curvilinear_search, curvilinear_steps
 
 FLOOR = 1e-3
 

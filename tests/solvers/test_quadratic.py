@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from solver_oracles import CASES, K, as_model, assert_types, dense_model, spread_model
 
 from secondorder.solvers import ModelStep, clip_step, model_decrease, step_norm
 from secondorder.solvers.quadratic import (
@@ -15,6 +14,7 @@ from secondorder.solvers.quadratic import (
     smallest,
     spectrum,
 )
+from tests.solvers.solver_oracles import CASES, K, as_model, assert_types, dense_model, spread_model
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from solver_oracles import (
+
+from secondorder.solvers import model_decrease, raised_shift, regularized_step
+from tests.solvers.solver_oracles import (
     CASES,
     K,
     N,
@@ -19,8 +21,6 @@ from solver_oracles import (
     spread_model,
     vector,
 )
-
-from secondorder.solvers import model_decrease, raised_shift, regularized_step
 
 solve = jax.jit(regularized_step)
 raised = jax.jit(raised_shift)

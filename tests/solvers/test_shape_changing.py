@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from solver_oracles import (
+
+from secondorder.solvers import ModelStep, model_decrease, shape_changing_step, shape_norm
+from tests.solvers.solver_oracles import (
     CASES,
     KEPT,
     K,
@@ -22,8 +24,6 @@ from solver_oracles import (
     spread_model,
     vector,
 )
-
-from secondorder.solvers import ModelStep, model_decrease, shape_changing_step, shape_norm
 
 NORMS = ["p_inf", "p_2"]
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from solver_oracles import (
+
+from secondorder.solvers import model_decrease, step_norm, trust_region_step
+from tests.solvers.solver_oracles import (
     CASES,
     K,
     as_model,
@@ -23,8 +25,6 @@ from solver_oracles import (
     spread_model,
     vector,
 )
-
-from secondorder.solvers import model_decrease, step_norm, trust_region_step
 
 solve = jax.jit(trust_region_step)
 

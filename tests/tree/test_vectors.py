@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from secondorder import tree
+from tests.meshes import make_mesh, use_mesh
 
 SHAPES = {"matrix": (8, 6), "bias": (6,), "scalar": (), "image": (2, 3, 4, 5)}
 K, J = 5, 3
@@ -103,7 +104,7 @@ def specs(name):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_sharding_changes_neither_products_nor_combinations(kind, dtype):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    mesh = make_mesh(4, 2, names=("x", "y"), kind=kind)
 
     def place(tree, lead=()):
         return {
@@ -116,8 +117,7 @@ def test_sharding_changes_neither_products_nor_combinations(kind, dtype):
     products = tree.project(stacked, columns)
     combined = tree.combine(coefficients, stacked)
     written = tree.write(stacked, jnp.int32(1), columns[0])
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
-    with use(mesh):
+    with use_mesh(mesh):
         sharded, sharded_columns = place(stacked, (None,)), [place(c) for c in columns]
         found = jax.jit(tree.project)(sharded, sharded_columns)
         np.testing.assert_allclose(found, products, rtol=1e-5, atol=1e-5)
@@ -140,3 +140,21 @@ def test_no_stack_is_copied_to_be_multiplied():
     assert "tensor<16x64x64xf32>" not in text
     text = jax.jit(tree.combine).lower(jnp.zeros(16), stacked).as_text()
     assert "tensor<16x64x64xf32>" not in text
+
+
+def test_moving_average_against_its_sum(x64):
+    """The average is the sum of all terms with its weights; corrected, the weights add up to 1."""
+    terms = np.random.default_rng(0).normal(size=(4, 3))
+    average = jnp.zeros(3)
+    for count, term in enumerate(terms):
+        average, corrected = tree.moving_average(average, jnp.asarray(term), jnp.int32(count), 0.8)
+    weights = 0.2 * 0.8 ** np.arange(4)[::-1]
+    np.testing.assert_allclose(average, weights @ terms, rtol=1e-12)
+    np.testing.assert_allclose(corrected, weights @ terms / weights.sum(), rtol=1e-12)
+
+
+def test_moving_average_leaves_out_what_is_not_finite():
+    average, _ = tree.moving_average(
+        jnp.array([1.0, 2.0]), jnp.array([jnp.nan, 4.0]), jnp.int32(1), 0.5
+    )
+    assert average.tolist() == [1.0, 3.0]
