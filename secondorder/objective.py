@@ -219,6 +219,31 @@ class Microbatches(Generic[Params]):
         return jax.tree.map(lambda leaf: leaf / self.pieces, total)
 
 
+def reparametrize(objective: Any, embed: Callable[[Any], Any]) -> Any:
+    r"""An objective as one of other variables, :math:`f \circ e`.
+
+    Args:
+      objective: A callable, an `Objective` or `Microbatches`.
+      embed: Maps the new variables to the parameters, :math:`e`.
+
+    Returns:
+      An objective of the same kind.
+
+    Example:
+      >>> held = reparametrize(lambda p: p["a"] * p["b"], lambda a: {"a": a, "b": 3.0})
+      >>> held(2.0)
+      6.0
+    """
+    if isinstance(objective, Microbatches):
+        return Microbatches(
+            lambda batch: reparametrize(objective.objective_on(batch), embed), objective.batches
+        )
+    if isinstance(objective, Objective):
+        model = objective.model
+        return dataclasses.replace(objective, model=lambda variables: model(embed(variables)))
+    return lambda variables: objective(embed(variables))
+
+
 def _leading_axis(tree: Any, name: str) -> int:
     """The length of the first axis of all leaves; raises if they differ."""
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}

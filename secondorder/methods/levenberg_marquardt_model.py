@@ -15,8 +15,8 @@ from secondorder import tree as vectors
 from secondorder.checks import is_zero
 from secondorder.control import optimal_rate
 from secondorder.methods.terminal import Point
-from secondorder.objective import all_finite
-from secondorder.operators import LinearOperator, gauss_newton, gauss_newton_diagonal, restrict
+from secondorder.objective import all_finite, reparametrize
+from secondorder.operators import LinearOperator, gauss_newton, gauss_newton_diagonal
 from secondorder.products import matmul
 from secondorder.sharding import replicate, shard_like
 from secondorder.solvers import conjugate_gradient
@@ -175,7 +175,7 @@ def _make_system(
     """The system of a block, and the measures with what its curvature tells."""
     indices = blocks.leaves_of(block)
     params = _part(point.params, indices)
-    held = restrict(objective, point.params, indices)
+    held = reparametrize(objective, vectors.embedding(point.params, indices))
     matrix = _matrix(settings, held, params)
     gradient = jax.tree.map(
         lambda g, v: g.astype(v.dtype), _part(point.gradient, indices), matrix.like

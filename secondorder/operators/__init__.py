@@ -52,7 +52,7 @@ from secondorder.operators.gauss_newton import (
 from secondorder.operators.hessian import HessianMode, hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.operators.output_factor import apply_factor, output_factor
-from secondorder.operators.pieces import mean_over_pieces, over_pieces, restrict
+from secondorder.operators.pieces import mean_over_pieces, over_pieces
 from secondorder.operators.positive_curvature import (
     block_positive_curvature,
     positive_curvature,
@@ -95,7 +95,6 @@ __all__ = [
     "over_pieces",
     "positive_curvature",
     "positive_curvature_objective",
-    "restrict",
     "solve_expected",
     "vectors_like",
     "why_not_factored",

@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 import chex
 import jax
 
-from secondorder.objective import Objective, value_and_aux
+from secondorder.objective import Objective, reparametrize, value_and_aux
 from secondorder.operators.gauss_newton import LinearizationMode, linearize_model, output_hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
-from secondorder.operators.pieces import over_pieces, restrict
+from secondorder.operators.pieces import over_pieces
 from secondorder.tree import accumulation_dtype
-from secondorder.tree.blocks import Blocks, hold_others
+from secondorder.tree.blocks import Blocks, embedding
 
 Part: TypeAlias = list[jax.Array]  # the leaves of one block
 PartProduct: TypeAlias = Callable[[Part], Part]
@@ -92,7 +92,7 @@ def _gauss_newton_of_piece(
     products, hessian = [], None
     for block in range(len(blocks)):
         indices = blocks.leaves_of(block)
-        of_block = restrict(objective, params, indices)
+        of_block = reparametrize(objective, embedding(params, indices))
         at = linearize_model(of_block, [leaves[index] for index in indices], mode)
         hessian = hessian or output_hessian(objective.loss, at.outputs, mode)
         products.append(_sandwich(at.forward, hessian, at.backward))
@@ -140,7 +140,7 @@ def _hessian_of_piece(
     products = []
     for block in range(len(blocks)):
         indices = blocks.leaves_of(block)
-        value = hold_others(value_and_aux(value_fn), params, indices)
+        value = reparametrize(value_and_aux(value_fn), embedding(params, indices))
         gradient = jax.grad(value, has_aux=True)
         products.append(_linearized(gradient, [leaves[index] for index in indices], dtype))
     return _assemble(products, blocks, params)

@@ -3,15 +3,14 @@
 The only file of the room that knows that there are two kinds of objectives.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import chex
 
 from secondorder.objective import Microbatches
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
-from secondorder.tree import hold_others, zeros_vector
+from secondorder.tree import zeros_vector
 
 
 def over_pieces(
@@ -31,6 +30,7 @@ def over_pieces(
       The operator.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> like = jax.ShapeDtypeStruct((1,), jnp.float32)
       >>> operator = over_pieces(
       ...     lambda scale, _: LinearOperator(lambda v: scale * v, like), 3.0, jnp.ones(1))
@@ -61,35 +61,10 @@ def mean_over_pieces(
       A pytree like the vectors.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> mean_over_pieces(lambda scale, _: scale * jnp.ones(1), 3.0, jnp.ones(1)).tolist()
       [3.0]
     """
     if not isinstance(objective, Microbatches):
         return measure(objective, 0)
     return objective.mean(measure, zeros_vector(params))
-
-
-def restrict(objective: Any, params: chex.ArrayTree, indices: Sequence[int]) -> Any:
-    """A split objective as one of a few leaves of the parameters, with the others held.
-
-    Args:
-      objective: An `Objective` or `Microbatches`.
-      params: The point, a pytree of arrays.
-      indices: Positions of the leaves in ``jax.tree.leaves(params)``.
-
-    Returns:
-      An objective of a list of these leaves.
-
-    Example:
-      >>> from secondorder.objective import Objective
-      >>> objective = Objective(lambda p: p["a"] * p["b"], jnp.sum)
-      >>> held = restrict(objective, {"a": jnp.float32(2), "b": jnp.float32(3)}, [1])
-      >>> float(held([jnp.float32(5)]))
-      10.0
-    """
-    if isinstance(objective, Microbatches):
-        return Microbatches(
-            lambda batch: restrict(objective.objective_on(batch), params, indices),
-            objective.batches,
-        )
-    return dataclasses.replace(objective, model=hold_others(objective.model, params, indices))

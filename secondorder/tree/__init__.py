@@ -5,7 +5,7 @@ from secondorder.tree.blocks import (
     BlockSetting,
     block_inner,
     block_scale,
-    hold_others,
+    embedding,
     label_blocks,
     one_block,
 )
@@ -40,7 +40,7 @@ __all__ = [
     "combine",
     "combine_pairs",
     "drop_pairs",
-    "hold_others",
+    "embedding",
     "init_pairs",
     "inner",
     "label_blocks",

@@ -152,13 +152,12 @@ def block_scale(blocks: Blocks, coefficients: jax.Array, x: chex.ArrayTree) -> c
     return jax.tree.unflatten(structure, scaled)
 
 
-def hold_others(
-    function: Callable[[Any], Any], tree: chex.ArrayTree, indices: Sequence[int]
-) -> Callable[[list[jax.Array]], Any]:
-    """A function of a pytree as one of a few of its leaves, with the others held.
+def embedding(
+    tree: chex.ArrayTree, indices: Sequence[int]
+) -> Callable[[list[jax.Array]], chex.ArrayTree]:
+    """The map from a few leaves of a pytree to all of it, with the others held.
 
     Args:
-      function: Maps a pytree like ``tree`` to anything.
       tree: The point, a pytree of arrays.
       indices: Positions of the leaves in ``jax.tree.leaves(tree)``.
 
@@ -166,15 +165,15 @@ def hold_others(
       A function of the list of these leaves.
 
     Example:
-      >>> held = hold_others(lambda p: p["a"] * p["b"], {"a": 2, "b": 3}, [1])
-      >>> held([5])
-      10
+      >>> embed = embedding({"a": 2, "b": 3}, [1])
+      >>> embed([5])
+      {'a': 2, 'b': 5}
     """
     leaves, structure = jax.tree.flatten(tree)
 
-    def of_leaves(part: list[jax.Array]) -> Any:
+    def embed(part: list[jax.Array]) -> chex.ArrayTree:
         moved = dict(zip(indices, part, strict=True))
         point = [moved.get(index, leaf) for index, leaf in enumerate(leaves)]
-        return function(jax.tree.unflatten(structure, point))
+        return jax.tree.unflatten(structure, point)
 
-    return of_leaves
+    return embed
