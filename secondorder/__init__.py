@@ -38,6 +38,7 @@ from secondorder.methods import (
     stochastic_hessian_free,
 )
 from secondorder.objective import Microbatches, Objective
+from secondorder.partition import hold_rest, mask_params, masked, partition
 
 __all__ = [
     "BlockHessianFreeMetrics",
@@ -70,11 +71,15 @@ __all__ = [
     "find_layers",
     "gauss_newton",
     "hessian_free",
+    "hold_rest",
     "kbfgs",
     "krylov_subspace_descent",
     "levenberg_marquardt",
     "lsr1",
+    "mask_params",
+    "masked",
     "newton_cg",
+    "partition",
     "positive_curvature_hessian",
     "scale_by_kbfgs",
     "scale_by_lsr1",
