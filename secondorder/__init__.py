@@ -37,6 +37,7 @@ from secondorder.methods import (
     scale_by_positive_curvature,
     stochastic_hessian_free,
 )
+from secondorder.metrics import metrics
 from secondorder.objective import Microbatches, Objective
 from secondorder.partition import hold_rest, mask_params, masked, partition
 
@@ -78,6 +79,7 @@ __all__ = [
     "lsr1",
     "mask_params",
     "masked",
+    "metrics",
     "newton_cg",
     "partition",
     "positive_curvature_hessian",

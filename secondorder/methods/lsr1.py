@@ -320,7 +320,9 @@ def lsr1(
             diagonal=second_moments,
             value=jnp.where(accepted, trial_value, value) if full_batch else None,
             grad=choose_like(accepted, trial_grad, grad, params) if full_batch else None,
-            metrics=report(state.metrics, sr1, proposal, params, is_due, ratio, accepted, restarts),
+            metrics=report(
+                state.metrics, sr1, proposal, near, params, is_due, ratio, accepted, restarts
+            ),
         )
         step = jax.tree.map(lambda p: jnp.where(accepted, p, jnp.zeros_like(p)), step)
         # The memory takes care of itself: nothing that is not finite was written to it.

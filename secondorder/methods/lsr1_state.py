@@ -17,6 +17,7 @@ class LSR1Metrics(NamedTuple):
 
     Attributes:
       ratio: Actual over predicted reduction of the last trial step.
+      radius: Of the trust region that it was made in.
       step_norm: Length of that trial step.
       scale: ``γ`` of its model.
       smallest_eigenvalue: Of its matrix.
@@ -31,6 +32,7 @@ class LSR1Metrics(NamedTuple):
     """
 
     ratio: jax.Array
+    radius: jax.Array
     step_norm: jax.Array
     scale: jax.Array
     smallest_eigenvalue: jax.Array
@@ -85,7 +87,7 @@ def no_metrics(dtype: Any) -> LSR1Metrics:
     Returns:
       Zeros.
     """
-    reals = ("ratio", "step_norm", "scale", "smallest_eigenvalue", "largest_eigenvalue")
+    reals = ("ratio", "radius", "step_norm", "scale", "smallest_eigenvalue", "largest_eigenvalue")
     return zero_metrics(LSR1Metrics, dtype, reals)
 
 
@@ -93,6 +95,7 @@ def report(
     metrics: LSR1Metrics,
     model: SR1Model,
     proposal: Proposal,
+    radius: jax.Array,
     params: chex.ArrayTree,
     is_due: bool | jax.Array,
     ratio: jax.Array,
@@ -105,6 +108,7 @@ def report(
       metrics: Those before it.
       model: Its model.
       proposal: The trial step.
+      radius: Of the region that it was made in.
       params: The parameters.
       is_due: Whether the gradient was evaluated at its end.
       ratio: Of actual to predicted reduction.
@@ -123,6 +127,7 @@ def report(
     values = jnp.append(quadratic.eigenvalues, quadratic.complement)
     return LSR1Metrics(
         ratio=ratio.astype(metrics.ratio.dtype),
+        radius=radius,
         step_norm=proposal.norm,
         scale=quadratic.complement,
         smallest_eigenvalue=jnp.min(values, where=known, initial=jnp.inf),
