@@ -74,6 +74,16 @@ class Objective(Generic[Params]):
             return self.loss(outputs), aux
         return self.loss(self.model(params))
 
+    def without_aux(self) -> "Objective[Params]":
+        """The same objective, whose value comes alone, as optax's line searches want it.
+
+        Returns:
+          The objective.
+        """
+        if not self.has_aux:
+            return self
+        return dataclasses.replace(self, model=lambda params: self.model(params)[0], has_aux=False)
+
     def with_loss(self, loss: Callable[[Any], jax.Array]) -> "Objective[Params]":
         """Another objective of the same model.
 

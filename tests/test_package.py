@@ -25,6 +25,7 @@ FLOORS = (
     ("layers", "factors", "solvers", "control"),
     ("operators",),
     ("methods", "metrics", "partition"),
+    ("flax",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 

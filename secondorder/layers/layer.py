@@ -17,6 +17,7 @@ from secondorder.layers.discovery import Discovery, FoundUse, discover
 from secondorder.layers.uses import EMBEDDING, Use
 from secondorder.layers.views import View
 from secondorder.sharding import replicate
+from secondorder.tree import leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,12 +212,8 @@ def infer_batch_size(traced: Iterable[TracedLayer]) -> int:
 def describe_leaves(params: Any) -> tuple[Leaf, ...]:
     """The leaves of a parameter pytree, in words."""
     return tuple(
-        Leaf(
-            jax.tree_util.keystr(path, simple=True, separator="/") or "(params)",
-            tuple(leaf.shape),
-            jnp.dtype(leaf.dtype),
-        )
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        Leaf(path or "(params)", tuple(leaf.shape), jnp.dtype(leaf.dtype))
+        for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
     )
 
 

@@ -7,6 +7,7 @@ from secondorder.tree.blocks import (
     block_scale,
     embedding,
     label_blocks,
+    leaf_paths,
     one_block,
 )
 from secondorder.tree.pair_memory import (
@@ -44,6 +45,7 @@ __all__ = [
     "init_pairs",
     "inner",
     "label_blocks",
+    "leaf_paths",
     "moving_average",
     "newest_slot",
     "one_block",

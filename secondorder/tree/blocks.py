@@ -78,10 +78,7 @@ def label_blocks(setting: BlockSetting, params: chex.ArrayTree) -> Blocks:
       >>> label_blocks(lambda path: path[-1], params).names
       ('w', 'b')
     """
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ]
+    paths = leaf_paths(params)
     if setting is None:
         given: list[Any] = [path.rpartition("/")[0] or path or "(params)" for path in paths]
     elif callable(setting):
@@ -91,6 +88,31 @@ def label_blocks(setting: BlockSetting, params: chex.ArrayTree) -> Blocks:
     numbers: dict[Hashable, int] = collections.defaultdict(lambda: len(numbers))
     labels = tuple(numbers[label] for label in given)
     return Blocks(tuple(map(str, numbers)), labels)
+
+
+def leaf_paths(params: chex.ArrayTree) -> list[str]:
+    """The paths of the leaves of a pytree, their keys joined by slashes.
+
+    Flax's NNX wraps each array in a variable in some calls and not in others, so that the last key
+    of it, an attribute ``value``, is left out.
+
+    Args:
+      params: A pytree.
+
+    Returns:
+      One path per leaf, in the order of `jax.tree.leaves`; empty for a pytree that is a leaf.
+
+    Example:
+      >>> leaf_paths({"enc": {"w": 1.0, "b": 0.0}})
+      ['enc/b', 'enc/w']
+    """
+    wrapper = jax.tree_util.GetAttrKey("value")
+    return [
+        jax.tree_util.keystr(
+            path[:-1] if path[-1:] == (wrapper,) else path, simple=True, separator="/"
+        )
+        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
 
 
 def _broadcast_labels(labels: chex.ArrayTree, params: chex.ArrayTree) -> list[Any]:
