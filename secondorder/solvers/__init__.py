@@ -5,6 +5,7 @@ One kind knows the matrix of the model by its products only:
 * `conjugate_gradient`: on vectors that are pytrees, for all blocks of the matrix in lockstep.
 * `progress`: when that has stalled, and which of its iterates to keep.
 * `krylov_basis`: an orthonormal basis of what they would search, and the matrix restricted to it.
+* `lanczos`: the same in three terms, as a tridiagonal matrix; its eigenpairs.
 
 For the other the matrix is an identity plus a term of low rank. In the eigenbasis of that term a
 step is ``k + 1`` numbers. Solvers see these and nothing else: no vectors of parameters, no
@@ -56,6 +57,7 @@ from secondorder.solvers.initial_scale import (
     least_rayleigh,
 )
 from secondorder.solvers.krylov_basis import KrylovBasis, krylov_basis, whitening
+from secondorder.solvers.lanczos import LanczosResult, RitzPairs, lanczos, ritz_pairs
 from secondorder.solvers.progress import stored_iterations
 from secondorder.solvers.quadratic import (
     ModelStep,
@@ -73,9 +75,11 @@ __all__ = [
     "CompactSR1",
     "CurvilinearResult",
     "KrylovBasis",
+    "LanczosResult",
     "ModelStep",
     "PairGram",
     "QuadraticModel",
+    "RitzPairs",
     "SR1Eigenbasis",
     "ScaleRule",
     "ShapeNorm",
@@ -91,6 +95,7 @@ __all__ = [
     "curvilinear_steps",
     "initial_scale",
     "krylov_basis",
+    "lanczos",
     "least_rayleigh",
     "middle_matrix",
     "model_decrease",
@@ -99,6 +104,7 @@ __all__ = [
     "predicted_decrease",
     "raised_shift",
     "regularized_step",
+    "ritz_pairs",
     "separable_cubic_decrease",
     "separable_cubic_step",
     "shape_changing_step",

@@ -27,7 +27,7 @@ from secondorder.solvers.progress import (
     stored_iterations,
 )
 from secondorder.solvers.quadratic import positive_or_one
-from secondorder.tree import Blocks, block_inner, block_scale, write
+from secondorder.tree import Blocks, block_choose, block_inner, block_scale, write
 
 Product = Callable[[chex.ArrayTree], chex.ArrayTree]
 
@@ -206,7 +206,7 @@ def conjugate_gradient(
     check_static_count("max_iterations", max_iterations)
     squares = block_inner(blocks, b, b)
     finite = jnp.isfinite(squares)
-    b = _choose(blocks, finite, b, jax.tree.map(jnp.zeros_like, b))
+    b = block_choose(blocks, finite, b, jax.tree.map(jnp.zeros_like, b))
     precondition = _as_inverse(preconditioner)
     system = _System(
         product=product,
@@ -276,7 +276,9 @@ def _init_state(
         trips=jnp.zeros((), jnp.int32),
         solution=solution,
         residual=residual,
-        direction=_choose(system.blocks, finite, jax.tree.map(jnp.negative, preconditioned), zeros),
+        direction=block_choose(
+            system.blocks, finite, jax.tree.map(jnp.negative, preconditioned), zeros
+        ),
         size=jnp.where(finite, size, 0),
         model=model,
         iterations=iterations,
@@ -313,14 +315,14 @@ def _iterate(system: _System, state: _State) -> _State:
         blocks, jax.tree.map(jnp.negative, preconditioned), turn, state.direction
     )
 
-    solution = _choose(blocks, moved, solution, state.solution)
+    solution = block_choose(blocks, moved, solution, state.solution)
     model = jnp.where(moved, model, state.model)
     iterations = state.iterations + moved
     return _State(
         trips=trips,
         solution=solution,
-        residual=_choose(blocks, moved, residual, state.residual),
-        direction=_choose(blocks, active, direction, state.direction),
+        residual=block_choose(blocks, moved, residual, state.residual),
+        direction=block_choose(blocks, active, direction, state.direction),
         size=jnp.where(moved, size, state.size),
         model=model,
         iterations=iterations,
@@ -376,7 +378,7 @@ def _shortened_start(
         return zeros, zeros
     blocks = system.blocks
     start = jax.tree.map(lambda x, like: x.astype(like.dtype), start, system.b)
-    start = _choose(blocks, jnp.isfinite(block_inner(blocks, start, start)), start, zeros)
+    start = block_choose(blocks, jnp.isfinite(block_inner(blocks, start, start)), start, zeros)
     image, curvature = _curvature_along(system, start)
     slope = block_inner(blocks, system.b, start)
     usable = jnp.isfinite(curvature) & jnp.isfinite(slope) & _is_positive(curvature)
@@ -393,7 +395,7 @@ def _curvature_along(
     # Not finite if one element of the product is not, even if that of the direction is zero.
     curvature = block_inner(system.blocks, direction, image)
     zeros = jax.tree.map(jnp.zeros_like, direction)
-    return _choose(system.blocks, jnp.isfinite(curvature), image, zeros), curvature
+    return block_choose(system.blocks, jnp.isfinite(curvature), image, zeros), curvature
 
 
 def _model(system: _System, solution: chex.ArrayTree, residual: chex.ArrayTree) -> jax.Array:
@@ -458,13 +460,3 @@ def _add_scaled(
     """Adds a multiple of each block of ``y``, in the dtypes of ``x``."""
     scaled = block_scale(blocks, coefficients, y)
     return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), x, scaled)
-
-
-def _choose(
-    blocks: Blocks, chosen: jax.Array, x: chex.ArrayTree, y: chex.ArrayTree
-) -> chex.ArrayTree:
-    """The blocks of ``x`` where chosen, those of ``y`` elsewhere, in the dtypes of ``y``."""
-    others, structure = jax.tree.flatten(y)
-    leaves = zip(blocks.labels, jax.tree.leaves(x), others, strict=True)
-    picked = [jnp.where(chosen[label], a, b).astype(b.dtype) for label, a, b in leaves]
-    return jax.tree.unflatten(structure, picked)

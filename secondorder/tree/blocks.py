@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from secondorder.tree.vectors import accumulation_dtype
+from secondorder.tree.vectors import accumulation_dtype, combine, project
 
 # How a user says what the blocks are; see `label_blocks`.
 BlockSetting: TypeAlias = Callable[[str], Hashable] | chex.ArrayTree | None
@@ -199,3 +199,75 @@ def embedding(
         return jax.tree.unflatten(structure, point)
 
     return embed
+
+
+def block_choose(
+    blocks: Blocks, chosen: jax.Array, x: chex.ArrayTree, y: chex.ArrayTree
+) -> chex.ArrayTree:
+    """The blocks of one vector where chosen, those of another elsewhere.
+
+    Args:
+      blocks: The partition, of ``L`` blocks.
+      chosen: Booleans ``(L,)``.
+      x: A pytree of arrays.
+      y: A pytree like it.
+
+    Returns:
+      A pytree in the dtypes of ``y``.
+
+    Example:
+      >>> blocks = Blocks(("a", "b"), (0, 1))
+      >>> x, y = (jnp.ones(1), jnp.ones(1)), (jnp.zeros(1), jnp.zeros(1))
+      >>> block_choose(blocks, jnp.array([True, False]), x, y)
+      (Array([1.], dtype=float32), Array([0.], dtype=float32))
+    """
+    others, structure = jax.tree.flatten(y)
+    leaves = zip(blocks.labels, jax.tree.leaves(x), others, strict=True)
+    picked = [jnp.where(chosen[label], a, b).astype(b.dtype) for label, a, b in leaves]
+    return jax.tree.unflatten(structure, picked)
+
+
+def block_project(blocks: Blocks, stack: chex.ArrayTree, vector: chex.ArrayTree) -> jax.Array:
+    r"""The products of all vectors of a stack with one other, block by block.
+
+    Args:
+      blocks: The partition, of ``L`` blocks.
+      stack: The vectors, a pytree of arrays ``(k, *shape)``.
+      vector: A pytree of arrays ``(*shape)``.
+
+    Returns:
+      Array ``(L, k)``, float32 or wider.
+
+    Example:
+      >>> stack = jnp.eye(2), jnp.ones((2, 1))
+      >>> block_project(Blocks(("a", "b"), (0, 1)), stack, (jnp.arange(2.0), jnp.ones(1))).tolist()
+      [[0.0, 1.0], [1.0, 1.0]]
+    """
+    rows, leaves = jax.tree.leaves(stack), jax.tree.leaves(vector)
+    parts = [blocks.leaves_of(block) for block in range(len(blocks))]
+    products = [project([rows[i] for i in part], [[leaves[i] for i in part]]) for part in parts]
+    return jnp.stack([product[:, 0] for product in products])
+
+
+def block_combine(blocks: Blocks, coefficients: jax.Array, stack: chex.ArrayTree) -> chex.ArrayTree:
+    """A linear combination of the vectors of a stack in each block.
+
+    Args:
+      blocks: The partition, of ``L`` blocks.
+      coefficients: Array ``(L, k)``.
+      stack: The vectors, a pytree of arrays ``(k, *shape)``.
+
+    Returns:
+      One vector, a pytree of arrays ``(*shape)``, float32 or wider.
+
+    Example:
+      >>> stack = jnp.eye(2), jnp.ones((2, 1))
+      >>> block_combine(Blocks(("a", "b"), (0, 1)), jnp.array([[2.0, 3.0], [4.0, 5.0]]), stack)
+      (Array([2., 3.], dtype=float32), Array([9.], dtype=float32))
+    """
+    leaves, structure = jax.tree.flatten(stack)
+    combined = [
+        combine(coefficients[label], rows)
+        for label, rows in zip(blocks.labels, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, combined)
