@@ -40,11 +40,25 @@ from secondorder.methods import (
 from secondorder.metrics import metrics
 from secondorder.objective import Microbatches, Objective
 from secondorder.partition import hold_rest, mask_params, masked, partition
+from secondorder.spectrum import (
+    DiagonalEstimate,
+    Eigenpairs,
+    SpectralDensity,
+    TraceEstimate,
+    curvature_diagonal,
+    curvature_trace,
+    extreme_eigenpairs,
+    plot_density,
+    plot_eigenvalues,
+    spectral_density,
+)
 
 __all__ = [
     "BlockHessianFreeMetrics",
     "BlockHessianFreeState",
     "DampingRule",
+    "DiagonalEstimate",
+    "Eigenpairs",
     "GaussNewtonState",
     "HessianFreeMetrics",
     "HessianFreeState",
@@ -67,8 +81,13 @@ __all__ = [
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
     "ScaleByPositiveCurvatureState",
+    "SpectralDensity",
+    "TraceEstimate",
     "__version__",
     "block_hessian_free",
+    "curvature_diagonal",
+    "curvature_trace",
+    "extreme_eigenpairs",
     "find_layers",
     "gauss_newton",
     "hessian_free",
@@ -82,9 +101,12 @@ __all__ = [
     "metrics",
     "newton_cg",
     "partition",
+    "plot_density",
+    "plot_eigenvalues",
     "positive_curvature_hessian",
     "scale_by_kbfgs",
     "scale_by_lsr1",
     "scale_by_positive_curvature",
+    "spectral_density",
     "stochastic_hessian_free",
 ]

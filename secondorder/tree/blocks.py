@@ -19,9 +19,10 @@ from secondorder.tree.vectors import accumulation_dtype, combine, project
 BlockSetting: TypeAlias = Callable[[str], Hashable] | chex.ArrayTree | None
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A partition of the leaves of a pytree; static.
+    """A partition of the leaves of a pytree; static, and without leaves in a pytree of results.
 
     Attributes:
       names: What each block is called.

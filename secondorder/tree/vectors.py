@@ -11,14 +11,14 @@ quasi-Newton method resolves only the square root of what its Gram matrix does. 
 of that dtype instead of widening the stack, which would copy it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from secondorder.sharding import contract
+from secondorder.sharding import contract, shard_like
 
 _PARTS = 3  # of 8 bits each: a bfloat16 sum that is as accurate as a float32
 
@@ -112,6 +112,33 @@ def moving_average(
     )
     correction = 1 - decay ** (count + 1)
     return moved, jax.tree.map(lambda a: a / correction, moved)
+
+
+def random_vector(
+    draw: Callable[..., jax.Array], key: chex.PRNGKey, tree: chex.ArrayTree
+) -> chex.ArrayTree:
+    """A vector of independent random numbers, each leaf sharded as the one that it belongs to.
+
+    Args:
+      draw: Maps a key, a shape and a dtype to an array, such as `jax.random.normal`.
+      key: PRNG key. The numbers do not depend on the sharding.
+      tree: One vector, a pytree of arrays.
+
+    Returns:
+      A pytree like it, float32 or wider.
+
+    Example:
+      >>> signs = random_vector(jax.random.rademacher, jax.random.key(0), {"a": jnp.zeros(3)})
+      >>> jnp.abs(signs["a"]).tolist()
+      [1.0, 1.0, 1.0]
+    """
+    dtype = accumulation_dtype(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        shard_like(draw(k, leaf.shape, dtype), leaf) for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, drawn)
 
 
 def inner(x: chex.ArrayTree, y: chex.ArrayTree) -> jax.Array:

@@ -1,0 +1,116 @@
+"""Figures of a spectrum, with matplotlib, which is imported when one is asked for."""
+
+from typing import Any
+
+import numpy as np
+
+from secondorder.spectrum.density import SpectralDensity
+from secondorder.spectrum.eigenpairs import Eigenpairs
+
+_DECADES = 5  # of a density below its peak that are drawn
+
+
+def plot_density(density: SpectralDensity, axes: Any = None, **line: Any) -> Any:
+    """Draws a density of eigenvalues, one line for each block.
+
+    The axis of the density is logarithmic: an isolated eigenvalue is one part in as many as there
+    are parameters.
+
+    Args:
+      density: What `spectral_density` found.
+      axes: The matplotlib axes to draw on, or None for those of a new figure.
+      **line: What `matplotlib.axes.Axes.plot` takes, such as ``label`` and ``color``.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import secondorder as so
+      >>> density = so.spectral_density(lambda p: jnp.sum(p**2), jnp.ones(4), jax.random.key(0))
+      >>> axes = so.plot_density(density, label="quadratic")  # doctest: +SKIP
+    """
+    axes = _axes(axes, "plot_density")
+    grids, values = (np.atleast_2d(np.asarray(a)) for a in (density.eigenvalues, density.density))
+    names = (None,) if density.blocks is None else density.blocks.names
+    for name, grid, value in zip(names, grids, values, strict=True):
+        style = line if name is None else {"label": name} | line
+        axes.plot(grid, value, **style)
+    _set_density_scales(axes, density, values.max())
+    axes.set(xlabel="eigenvalue")
+    if density.blocks is not None or "label" in line:
+        axes.legend(frameon=False)
+    return axes
+
+
+def plot_eigenvalues(pairs: Eigenpairs, axes: Any = None, **marks: Any) -> Any:
+    """Draws eigenvalues in their order, or those of each block above its name.
+
+    Bars are the residuals: an eigenvalue lies within.
+
+    Args:
+      pairs: What `extreme_eigenpairs` found.
+      axes: The matplotlib axes to draw on, or None for those of a new figure.
+      **marks: What `matplotlib.axes.Axes.errorbar` takes, such as ``label`` and ``color``.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import secondorder as so
+      >>> pairs = so.extreme_eigenpairs(lambda p: jnp.sum(p**2), jnp.ones(4), jax.random.key(0))
+      >>> axes = so.plot_eigenvalues(pairs)  # doctest: +SKIP
+    """
+    axes = _axes(axes, "plot_eigenvalues")
+    values, residuals = np.asarray(pairs.values), np.asarray(pairs.residuals)
+    if pairs.blocks is None:
+        places = np.arange(1, len(values) + 1)
+        axes.set(xlabel="number, from the largest", xticks=places)
+        values, residuals = values[::-1], residuals[::-1]
+    else:
+        count = len(pairs.blocks)
+        places = np.repeat(np.arange(count), values.shape[1])
+        axes.set_xticks(range(count), pairs.blocks.names, rotation=30, ha="right")
+    style = {"fmt": "o", "markersize": 4, "capsize": 2} | marks
+    axes.errorbar(places, np.ravel(values), yerr=np.ravel(residuals), **style)
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(ylabel="eigenvalue")
+    axes.grid(axis="y", alpha=0.3)
+    if "label" in marks:
+        axes.legend(frameon=False)
+    return axes
+
+
+def _axes(axes: Any, caller: str) -> Any:
+    """The given axes, or those of a new figure."""
+    if axes is not None:
+        return axes
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            f"{caller} needs matplotlib; install it with `pip install 'secondorder[plot]'`."
+        ) from error
+    return pyplot.subplots(figsize=(6, 3.5), layout="constrained")[1]
+
+
+def _set_density_scales(axes: Any, density: SpectralDensity, peak: float) -> None:
+    """Scales and labels of the axes of a density."""
+    unit = "eigenvalue"
+    if density.threshold is not None:
+        scale = float(np.max(density.threshold))
+        axes.set_xscale("asinh", linear_width=scale if scale > 0 else 1)
+        unit = "asinh(eigenvalue / threshold)"
+    if peak > 0:
+        low, high = axes.get_ylim() if axes.get_yscale() == "log" else (np.inf, 0)
+        axes.set_yscale("log")
+        axes.set_ylim(min(low, peak * 10.0**-_DECADES), max(high, 2 * peak))
+    axes.set(ylabel=f"density per {unit}")
+    axes.grid(alpha=0.3)
