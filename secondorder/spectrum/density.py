@@ -64,7 +64,7 @@ def spectral_density(
     probes: int = 4,
     steps: int | None = None,
     log: bool = False,
-    threshold: chex.Numeric = 1e-4,
+    threshold: chex.Numeric = 1e-2,
     smoothing: chex.Numeric = 0.01,
     points: int = 1000,
     reorthogonalize: bool = False,
@@ -92,8 +92,9 @@ def spectral_density(
       steps: ``k``, at most the number of parameters, static; by default 64, or that number.
       log: Whether the grid and the smoothing are logarithmic on both sides of zero, for spectra of
         several decades: the density is that of :math:`\mathrm{asinh}(\lambda / \tau)`.
-      threshold: :math:`\tau` as a fraction of the largest absolute eigenvalue, positive. What is
-        smaller is not told from zero.
+      threshold: :math:`\tau` as a fraction of the largest absolute eigenvalue, in (0, 1). Below it
+        the grid is linear. A quadrature of ``k`` nodes does not know the bulk in arbitrary detail:
+        with a small threshold and few steps its nodes there appear as peaks with gaps between.
       smoothing: :math:`\sigma` as a fraction of the range of the spectrum, positive.
       points: Points of the grid, static; at least ``2 / smoothing``.
       reorthogonalize: Whether to keep all ``k`` vectors and orthogonalize against them, static.

@@ -39,15 +39,16 @@ def plot_density(density: SpectralDensity, axes: Any = None, **line: Any) -> Any
     for name, grid, value in zip(names, grids, values, strict=True):
         style = line if name is None else {"label": name} | line
         axes.plot(grid, value, **style)
-    _set_density_scales(axes, density, values.max())
-    axes.set(xlabel="eigenvalue")
+    _set_density_scales(axes, density.threshold, values.max())
+    axes.set(xlabel="eigenvalue", ylabel="density")
+    axes.grid(alpha=0.3)
     if density.blocks is not None or "label" in line:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
     return axes
 
 
 def plot_eigenvalues(pairs: Eigenpairs, axes: Any = None, **marks: Any) -> Any:
-    """Draws eigenvalues in their order, or those of each block above its name.
+    """Draws eigenvalues in descending order, or those of each block above its name.
 
     Bars are the residuals: an eigenvalue lies within.
 
@@ -71,9 +72,8 @@ def plot_eigenvalues(pairs: Eigenpairs, axes: Any = None, **marks: Any) -> Any:
     axes = _axes(axes, "plot_eigenvalues")
     values, residuals = np.asarray(pairs.values), np.asarray(pairs.residuals)
     if pairs.blocks is None:
-        places = np.arange(1, len(values) + 1)
-        axes.set(xlabel="number, from the largest", xticks=places)
-        values, residuals = values[::-1], residuals[::-1]
+        places = np.arange(len(values), 0, -1)
+        axes.set(xlabel="those that were computed, from the largest", xticks=[])
     else:
         count = len(pairs.blocks)
         places = np.repeat(np.arange(count), values.shape[1])
@@ -101,16 +101,28 @@ def _axes(axes: Any, caller: str) -> Any:
     return pyplot.subplots(figsize=(6, 3.5), layout="constrained")[1]
 
 
-def _set_density_scales(axes: Any, density: SpectralDensity, peak: float) -> None:
-    """Scales and labels of the axes of a density."""
-    unit = "eigenvalue"
-    if density.threshold is not None:
-        scale = float(np.max(density.threshold))
+def _set_density_scales(axes: Any, threshold: Any, peak: float) -> None:
+    """Scales of the axes of a density, for all that are drawn there."""
+    if threshold is not None:
+        scale = max(float(np.max(threshold)), _linear_width(axes))
         axes.set_xscale("asinh", linear_width=scale if scale > 0 else 1)
-        unit = "asinh(eigenvalue / threshold)"
+        low, high = axes.get_xlim()
+        axes.set_xticks(_decades(low, high, scale))
+        axes.set_xticks([], minor=True)
     if peak > 0:
         low, high = axes.get_ylim() if axes.get_yscale() == "log" else (np.inf, 0)
         axes.set_yscale("log")
         axes.set_ylim(min(low, peak * 10.0**-_DECADES), max(high, 2 * peak))
-    axes.set(ylabel=f"density per {unit}")
-    axes.grid(alpha=0.3)
+
+
+def _linear_width(axes: Any) -> float:
+    """Where the logarithmic axis of an earlier density becomes linear, or zero."""
+    return float(getattr(axes.xaxis.get_transform(), "linear_width", 0))
+
+
+def _decades(low: float, high: float, scale: float) -> list[float]:
+    """Zero, and powers of ten on both sides of it that do not crowd there."""
+    top = max(-low, high, scale)
+    first, last = (int(np.floor(np.log10(x))) for x in (max(2 * scale, 1e-3 * top), top))
+    powers = [10.0**power for power in range(last, first, -1)] or [10.0**last]
+    return [-x for x in powers if x < -low] + [0.0] + [x for x in powers if x < high]

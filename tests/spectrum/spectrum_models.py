@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 import secondorder as so
 
-CASES, INPUTS, HIDDEN, CLASSES = 12, 4, 5, 3
+CASES, INPUTS, HIDDEN, CLASSES = 12, 4, 6, 3
 MATRICES = ("hessian", "gauss_newton")
 KEY = jax.random.key(3)
 
@@ -21,8 +21,7 @@ def random(*shape: int) -> np.ndarray:
 def make_params(dtype: Any) -> Any:
     params = {
         "in": {"b": random(HIDDEN), "w": random(INPUTS, HIDDEN)},
-        "out": {"b": random(CLASSES), "w": random(HIDDEN, CLASSES)},
-        "scale": np.ones(CLASSES),
+        "out": {"w": random(HIDDEN, CLASSES)},
     }
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
 
@@ -37,7 +36,7 @@ def objective_on(batch: tuple[jax.Array, jax.Array]) -> so.Objective:
 
     def model(p: Any) -> jax.Array:
         hidden = jnp.tanh(x @ p["in"]["w"] + p["in"]["b"])
-        return (hidden @ p["out"]["w"] + p["out"]["b"]) * p["scale"]
+        return hidden @ p["out"]["w"]
 
     def loss(z: jax.Array) -> jax.Array:
         chosen = jax.nn.one_hot(y, CLASSES, dtype=z.dtype)

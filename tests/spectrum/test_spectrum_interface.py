@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spectrum_models import KEY, make_batch, make_params, objective_on
 
 import secondorder as so
+from secondorder.tree import Blocks
 
 P = PartitionSpec
 FUNCTIONS = (
@@ -90,64 +91,46 @@ def test_settings_out_of_range(function, settings, message):
 
 # Shardings.
 
-SPECS = {
-    "in": {"b": P(), "w": P("model", None)},
-    "out": {"b": P(), "w": P("model", None)},
-    "scale": P(),
-}
+SPECS = {"in": {"b": P(), "w": P("model", None)}, "out": {"w": P("model", None)}}
 
 
-def everything(params, batch, key):
-    objective, settings = objective_on(batch), {"matrix": "gauss_newton", "blocks": "layers"}
-    return {
-        "pairs": so.extreme_eigenpairs(objective, params, key, largest=2, steps=3, **settings),
-        "density": so.spectral_density(objective, params, key, probes=2, steps=4),
-        "trace": so.curvature_trace(objective, params, key, probes=2, deflate=2, **settings),
-        "diagonal": so.curvature_diagonal(objective, params, key, probes=2),
-    }
-
-
-@functools.cache
-def small():
-    """Parameters of which the hidden units can be shared by two devices, and a batch."""
-    params, batch = make_params("float32"), make_batch("float32")
-    wider = {
-        "b": jnp.pad(params["in"]["b"], (0, 1)),
-        "w": jnp.pad(params["in"]["w"], ((0, 0), (0, 1))),
-    }
-    out = params["out"] | {"w": jnp.pad(params["out"]["w"], ((0, 1), (0, 0)), constant_values=0.5)}
-    return params | {"in": wider, "out": out}, batch
+def everything(params, batch):
+    objective = objective_on(batch)
+    settings = {"matrix": "gauss_newton", "blocks": "layers"}
+    return (
+        so.extreme_eigenpairs(objective, params, KEY, largest=2, steps=4, **settings),
+        so.spectral_density(objective, params, KEY, probes=2, steps=4),
+        so.curvature_diagonal(objective, params, KEY, probes=2),
+    )
 
 
 @functools.cache
 def on_one_device():
-    return jax.jit(everything)(*small(), KEY)
+    return jax.jit(everything)(make_params("float32"), make_batch("float32"))
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="XLA_FLAGS asks for fewer host devices")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_sharding_changes_nothing(kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    params, batch = small()
+    expected, expected_density, expected_diagonal = on_one_device()
     use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
     with use(mesh):
 
         def put(leaf, spec):
             return jax.device_put(leaf, NamedSharding(mesh, spec))
 
-        placed = jax.tree.map(put, params, SPECS)
-        found = jax.jit(everything)(placed, tuple(put(leaf, P("data")) for leaf in batch), KEY)
-        expected = on_one_device()
-        assert jax.tree.structure(found) == jax.tree.structure(expected)
-        for name in ("trace", "diagonal"):
-            for got, leaf in zip(*map(jax.tree.leaves, (found[name], expected[name])), strict=True):
-                np.testing.assert_allclose(got, leaf, rtol=1e-3, atol=1e-4)
-        for name, field in [("pairs", "values"), ("density", "density"), ("density", "nodes")]:
-            got, leaf = (np.asarray(getattr(tree[name], field)) for tree in (found, expected))
-            np.testing.assert_allclose(got, leaf, rtol=2e-3, atol=2e-3 * np.nanmax(leaf))
+        params = jax.tree.map(put, make_params("float32"), SPECS)
+        batch = tuple(put(leaf, P("data")) for leaf in make_batch("float32"))
+        pairs, density, diagonal = jax.jit(everything)(params, batch)
+        assert pairs.blocks == expected.blocks
+        np.testing.assert_allclose(pairs.values, expected.values, rtol=1e-3)
+        np.testing.assert_allclose(density.nodes, expected_density.nodes, rtol=1e-3, atol=1e-3)
+        for got, leaf in zip(*map(jax.tree.leaves, (diagonal, expected_diagonal)), strict=True):
+            np.testing.assert_allclose(got, leaf, rtol=1e-3, atol=1e-4)
         if kind == AxisType.Explicit:
-            assert found["pairs"].vectors["in"]["w"].sharding.spec == P(None, "model", None)
-            assert found["diagonal"].values["out"]["w"].sharding.spec == P("model", None)
+            assert pairs.vectors["in"]["w"].sharding.spec == P(None, "model", None)
+            assert diagonal.values["out"]["w"].sharding.spec == P("model", None)
 
 
 # Figures.
@@ -163,34 +146,62 @@ def pyplot():
     pyplot.close("all")
 
 
-def test_figures(pyplot, tmp_path):
-    params, batch = small()
-    objective = objective_on(batch)
-    linear = on_one_device()["density"]
-    log = so.spectral_density(objective, params, KEY, steps=3, log=True, blocks="layers")
-    axes = so.plot_density(linear, label="Hessian", color="red")
-    assert so.plot_density(linear, axes, label="again") is axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Hessian", "again"]
+BLOCKS = Blocks(("first", "second"), (0, 1))
+GRID = np.linspace(-1, 3, 50)
+DENSITY = so.SpectralDensity(
+    eigenvalues=GRID,
+    density=np.exp(-(GRID**2)),
+    nodes=np.zeros((1, 1)),
+    weights=np.ones((1, 1)),
+    width=np.float32(0.1),
+    threshold=None,
+    finite=np.True_,
+    blocks=None,
+)
+PAIRS = so.Eigenpairs(
+    values=np.array([1.0, 2.0]),
+    vectors=np.eye(2),
+    residuals=np.array([0.1, 0.2]),
+    steps=np.int32(2),
+    blocks=None,
+)
+
+
+def legend_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_figures_of_densities(pyplot, tmp_path):
+    axes = so.plot_density(DENSITY, label="Hessian", color="red")
+    assert (
+        so.plot_density(DENSITY._replace(density=DENSITY.density / 9), axes, label="other") is axes
+    )
+    assert legend_of(axes) == ["Hessian", "other"]
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
-    assert axes.get_ylim()[1] > float(linear.density.max())
+    assert axes.get_ylim()[0] < 1e-5 < 1 < axes.get_ylim()[1]
 
-    axes = so.plot_density(log)
+    both = DENSITY._replace(
+        eigenvalues=np.stack([GRID, 2 * GRID]),
+        density=np.stack([DENSITY.density, DENSITY.density]),
+        threshold=np.array([0.1, 0.2]),
+        blocks=BLOCKS,
+    )
+    axes = so.plot_density(both)
     assert axes.get_xscale() == "asinh"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["in", "out", "scale"]
+    assert legend_of(axes) == ["first", "second"]
+    axes.figure.savefig(tmp_path / "figure.png")
 
-    whole = so.extreme_eigenpairs(objective, params, KEY, largest=3, steps=6)
-    for pairs in (whole, on_one_device()["pairs"]):
-        axes = so.plot_eigenvalues(pairs)
-        axes.figure.savefig(tmp_path / "figure.png")
-        assert axes.get_ylabel() == "eigenvalue"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["in", "out", "scale"]
+
+def test_figures_of_eigenvalues(pyplot, tmp_path):
+    assert so.plot_eigenvalues(PAIRS).get_ylabel() == "eigenvalue"
+    nan = np.array([[np.nan, 1.0], [2.0, 3.0]])
+    axes = so.plot_eigenvalues(PAIRS._replace(values=nan, residuals=0.1 * nan, blocks=BLOCKS))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "second"]
+    axes.figure.savefig(tmp_path / "figure.png")
 
 
 def test_figures_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for plot, result in [
-        (so.plot_density, on_one_device()["density"]),
-        (so.plot_eigenvalues, on_one_device()["pairs"]),
-    ]:
+    for plot, result in [(so.plot_density, DENSITY), (so.plot_eigenvalues, PAIRS)]:
         with pytest.raises(ImportError, match=r"pip install 'secondorder\[plot\]'"):
             plot(result)
