@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from secondorder.solvers import lanczos, ritz_pairs
 from secondorder.tree import Blocks, block_combine
+from tests.meshes import make_mesh, place, use_mesh
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": ()}
 N = 18
@@ -250,7 +251,7 @@ def test_nothing_is_compared_with_an_absolute_number(scale):
 @pytest.mark.skipif(jax.device_count() < 8, reason="XLA_FLAGS asks for fewer host devices")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharding_changes_nothing(kind):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    mesh = make_mesh(4, 2, names=("x", "y"), kind=kind)
     specs = {"w": PartitionSpec("x", "y"), "v": PartitionSpec("y"), "s": PartitionSpec()}
     rng = np.random.default_rng(0)
     shapes = {"w": (8, 4), "v": (6,), "s": ()}
@@ -262,13 +263,12 @@ def test_sharding_changes_nothing(kind):
         result = lanczos(lambda v: jax.tree.map(jnp.multiply, scale, v), start, 5, blocks=blocks)
         return result, ritz_pairs(result)
 
-    def place(tree):
-        return {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in tree.items()}
+    def put(tree):
+        return {name: place(mesh, leaf, *specs[name]) for name, leaf in tree.items()}
 
     expected, expected_ritz = jax.jit(find)(start, scale)
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
-    with use(mesh):
-        found, ritz = jax.jit(find)(place(start), place(scale))
+    with use_mesh(mesh):
+        found, ritz = jax.jit(find)(put(start), put(scale))
         assert found.steps.tolist() == expected.steps.tolist() == [1, 5]
         np.testing.assert_allclose(ritz.values, expected_ritz.values, atol=1e-5)
         for name in shapes:

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from spectrum_models import KEY, MATRICES, dense, make_batch, make_params, objective_on, parts_of
 
 import secondorder as so
 from secondorder.spectrum.curvature import make_curvature
+from tests.spectrum.spectrum_models import (
+    KEY,
+    MATRICES,
+    dense,
+    make_batch,
+    make_params,
+    objective_on,
+    parts_of,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

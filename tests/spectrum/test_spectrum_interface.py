@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from spectrum_models import KEY, make_batch, make_params, objective_on
+from jax.sharding import AxisType, PartitionSpec
 
 import secondorder as so
 from secondorder.tree import Blocks
+from tests.meshes import make_mesh, place, use_mesh
+from tests.spectrum.spectrum_models import KEY, make_batch, make_params, objective_on
 
 P = PartitionSpec
 FUNCTIONS = (
@@ -112,16 +113,11 @@ def on_one_device():
 @pytest.mark.skipif(jax.device_count() < 8, reason="XLA_FLAGS asks for fewer host devices")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_sharding_changes_nothing(kind):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    mesh = make_mesh(4, 2, kind=kind)
     expected, expected_density, expected_diagonal = on_one_device()
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
-    with use(mesh):
-
-        def put(leaf, spec):
-            return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-        params = jax.tree.map(put, make_params("float32"), SPECS)
-        batch = tuple(put(leaf, P("data")) for leaf in make_batch("float32"))
+    with use_mesh(mesh):
+        params = jax.tree.map(lambda a, p: place(mesh, a, *p), make_params("float32"), SPECS)
+        batch = tuple(place(mesh, leaf, "data") for leaf in make_batch("float32"))
         pairs, density, diagonal = jax.jit(everything)(params, batch)
         assert pairs.blocks == expected.blocks
         np.testing.assert_allclose(pairs.values, expected.values, rtol=1e-3)
