@@ -6,6 +6,9 @@ One kind knows the matrix of the model by its products only:
 * `progress`: when that has stalled, and which of its iterates to keep.
 * `krylov_basis`: an orthonormal basis of what they would search, and the matrix restricted to it.
 * `lanczos`: the same in three terms, as a tridiagonal matrix; its eigenpairs.
+* `orthonormal`: orthonormal bases of the span of several vectors.
+* `eigenpairs`: eigenpairs of largest magnitude, from random or kept subspaces.
+* `growing_basis`: the same from bases that grow block by block.
 
 For the other the matrix is an identity plus a term of low rank. In the eigenbasis of that term a
 step is ``k + 1`` numbers. Solvers see these and nothing else: no vectors of parameters, no
@@ -49,6 +52,17 @@ from secondorder.solvers.curvilinear import (
     curvilinear_search,
     curvilinear_steps,
 )
+from secondorder.solvers.eigenpairs import (
+    BlockProduct,
+    Eigenpairs,
+    Images,
+    Solution,
+    signal_to_noise,
+    single_pass,
+    subspace_iteration,
+    without_samples,
+)
+from secondorder.solvers.growing_basis import adaptive_rank, block_krylov
 from secondorder.solvers.initial_scale import (
     ScaleRule,
     barzilai_borwein,
@@ -58,6 +72,7 @@ from secondorder.solvers.initial_scale import (
 )
 from secondorder.solvers.krylov_basis import KrylovBasis, krylov_basis, whitening
 from secondorder.solvers.lanczos import LanczosResult, RitzPairs, lanczos, ritz_pairs
+from secondorder.solvers.orthonormal import complete_basis, orthonormalize, project_out
 from secondorder.solvers.progress import stored_iterations
 from secondorder.solvers.quadratic import (
     ModelStep,
@@ -71,9 +86,12 @@ from secondorder.solvers.shape_changing import ShapeNorm, shape_changing_step, s
 from secondorder.solvers.trust_region import trust_region_step
 
 __all__ = [
+    "BlockProduct",
     "CGResult",
     "CompactSR1",
     "CurvilinearResult",
+    "Eigenpairs",
+    "Images",
     "KrylovBasis",
     "LanczosResult",
     "ModelStep",
@@ -83,9 +101,13 @@ __all__ = [
     "SR1Eigenbasis",
     "ScaleRule",
     "ShapeNorm",
+    "Solution",
+    "adaptive_rank",
     "barzilai_borwein",
+    "block_krylov",
     "clip_step",
     "compact_sr1",
+    "complete_basis",
     "conjugate_gradient",
     "cubic_decrease",
     "cubic_step",
@@ -100,8 +122,10 @@ __all__ = [
     "middle_matrix",
     "model_decrease",
     "orthonormal_combinations",
+    "orthonormalize",
     "pair_gram",
     "predicted_decrease",
+    "project_out",
     "raised_shift",
     "regularized_step",
     "ritz_pairs",
@@ -109,9 +133,13 @@ __all__ = [
     "separable_cubic_step",
     "shape_changing_step",
     "shape_norm",
+    "signal_to_noise",
+    "single_pass",
     "sr1_eigenbasis",
     "step_norm",
     "stored_iterations",
+    "subspace_iteration",
     "trust_region_step",
     "whitening",
+    "without_samples",
 ]

@@ -22,6 +22,7 @@ from secondorder.tree.pair_memory import (
     project_on_pairs,
     push_pair,
 )
+from secondorder.tree.stacks import gram, mix, random_stack, stack_size
 from secondorder.tree.vectors import (
     accumulation_dtype,
     combine,
@@ -49,10 +50,12 @@ __all__ = [
     "combine_pairs",
     "drop_pairs",
     "embedding",
+    "gram",
     "init_pairs",
     "inner",
     "label_blocks",
     "leaf_paths",
+    "mix",
     "moving_average",
     "newest_slot",
     "one_block",
@@ -60,7 +63,9 @@ __all__ = [
     "project_on_pairs",
     "push_pair",
     "random_vector",
+    "random_stack",
     "read",
+    "stack_size",
     "write",
     "zeros_stack",
     "zeros_vector",
