@@ -49,7 +49,7 @@ from secondorder.operators.gauss_newton import (
     linearize_model,
     output_hessian,
 )
-from secondorder.operators.hessian import HessianMode, hessian
+from secondorder.operators.hessian import HessianMode, hessian, hessian_on_stacks
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.operators.output_factor import apply_factor, output_factor
 from secondorder.operators.pieces import mean_over_pieces, over_pieces
@@ -87,6 +87,7 @@ __all__ = [
     "gauss_newton",
     "gauss_newton_diagonal",
     "hessian",
+    "hessian_on_stacks",
     "layer_leaves",
     "linearize_model",
     "mean_over_pieces",

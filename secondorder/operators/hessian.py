@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.checks import check_choice
-from secondorder.objective import value_and_aux
+from secondorder.objective import Microbatches, value_and_aux
 from secondorder.operators.linear_operator import LinearOperator, narrow, vectors_like, widen
-from secondorder.operators.pieces import over_pieces
+from secondorder.operators.pieces import columns_with_samples, over_pieces
+from secondorder.solvers import BlockProduct, Images, without_samples
 from secondorder.tree import inner
 
 HessianMode: TypeAlias = Literal[
@@ -51,13 +52,58 @@ def hessian(
 
     Source: Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6.
     """
+    return over_pieces(_maker(params, mode), value_fn, params)
+
+
+def hessian_on_stacks(
+    value_fn: Callable[[Any], Any],
+    params: chex.ArrayTree,
+    mode: HessianMode = "forward_over_reverse",
+    *,
+    chunk_size: int | None = None,
+    with_samples: bool = False,
+) -> BlockProduct:
+    r"""The Hessian as it multiplies several vectors at once, for eigensolvers.
+
+    Args:
+      value_fn: Maps parameters to a scalar, or to ``(scalar, aux)``.
+      params: The point, a pytree of arrays.
+      mode: See `hessian`.
+      chunk_size: How many vectors are multiplied at a time; see `LinearOperator.columns`.
+      with_samples: Whether the pieces of `Microbatches` are the samples of the images.
+
+    Returns:
+      The product, linearized once for all vectors; of `Microbatches` once in each call.
+
+    Raises:
+      TypeError: If samples are wanted and the objective has no pieces.
+
+    Example:
+      >>> product = hessian_on_stacks(lambda p: p[0] ** 2 * p[1], jnp.array([1.0, 3.0]))
+      >>> product(jnp.eye(2)).vectors.tolist()
+      [[6.0, 2.0], [2.0, 0.0]]
+    """
+    if not with_samples:
+        operator = hessian(value_fn, params, mode)
+        return without_samples(lambda stack: operator.columns(stack, chunk_size))
+    if not isinstance(value_fn, Microbatches):
+        raise TypeError(
+            "Samples of the Hessian are those on the pieces of an objective; write "
+            "Microbatches.split(objective_on, batch, size)."
+        )
+    make = _maker(params, mode)
+    return lambda stack: Images(*columns_with_samples(make, value_fn, params, stack, chunk_size))
+
+
+def _maker(params: chex.ArrayTree, mode: HessianMode) -> Callable[[Any, Any], LinearOperator]:
+    """From an objective without pieces to its Hessian."""
     check_choice("mode", mode, tuple(_PRODUCTS))
 
     def make(piece: Callable[[Any], Any], _: chex.Numeric) -> LinearOperator:
         gradient = jax.grad(lambda point: value_and_aux(piece)(point)[0])
         return LinearOperator(_PRODUCTS[mode](gradient, params), vectors_like(params))
 
-    return over_pieces(make, value_fn, params)
+    return make
 
 
 def _forward_over_reverse(gradient: Gradient, params: chex.ArrayTree) -> Gradient:

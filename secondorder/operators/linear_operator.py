@@ -93,16 +93,20 @@ class LinearOperator:
         """
         return self.product(vector)
 
-    def columns(self, stack: chex.ArrayTree) -> chex.ArrayTree:
+    def columns(self, stack: chex.ArrayTree, chunk_size: int | None = None) -> chex.ArrayTree:
         """The products with several vectors.
 
         Args:
           stack: The vectors, a pytree of arrays ``(k, *shape)``.
+          chunk_size: How many are multiplied at a time, at least 1: less memory, more time. None:
+            all. Static.
 
         Returns:
           A stack like it.
         """
-        return jax.vmap(self.product)(stack)
+        if chunk_size is None or chunk_size >= len(jax.tree.leaves(stack)[0]):
+            return jax.vmap(self.product)(stack)
+        return jax.lax.map(self.product, stack, batch_size=chunk_size)
 
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         """The sum of two operators on the same vectors."""

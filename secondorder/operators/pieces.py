@@ -1,6 +1,6 @@
 """Operators of an objective as a whole, or of `Microbatches`, piece by piece.
 
-The only file of the room that knows that there are two kinds of objectives.
+The only file of the room that knows what is different about the two kinds of objectives.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import chex
 
 from secondorder.objective import Microbatches
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
-from secondorder.tree import zeros_vector
+from secondorder.sharding import replicate, replicated_zeros
+from secondorder.tree import accumulation_dtype, gram, stack_size, zeros_vector
 
 
 def over_pieces(
@@ -45,6 +46,37 @@ def over_pieces(
         return objective.mean(lambda piece, index: make(piece, index)(vector), zeros)
 
     return LinearOperator(product, vectors_like(params))
+
+
+def columns_with_samples(
+    make: Callable[[Any, chex.Numeric], LinearOperator],
+    objective: Microbatches[Any],
+    params: chex.ArrayTree,
+    stack: chex.ArrayTree,
+    chunk_size: int | None = None,
+) -> tuple[chex.ArrayTree, jax.Array]:
+    """Products with several vectors, and what each piece says about the matrix between them.
+
+    Args:
+      make: Maps an objective, and the index of its piece, to the operator at the parameters.
+      objective: The pieces, ``s`` of them.
+      params: The point, a pytree of arrays.
+      stack: The vectors as rows of ``Q``, a pytree of arrays ``(k, *shape)``.
+      chunk_size: See `LinearOperator.columns`.
+
+    Returns:
+      The products, a stack; and ``Q A Q^T`` of each piece, array ``(s, k, k)``.
+    """
+    size, dtype = stack_size(stack), accumulation_dtype(stack)
+    samples = replicated_zeros((objective.pieces, size, size), dtype)
+
+    def measure(piece: Any, index: jax.Array) -> tuple[chex.ArrayTree, jax.Array]:
+        images = make(piece, index).columns(stack, chunk_size)
+        # The mean over the pieces divides by their number.
+        own = objective.pieces * replicate(gram(stack, images))
+        return images, jax.lax.dynamic_update_index_in_dim(samples, own, index, 0)
+
+    return objective.mean(measure, (stack, samples))
 
 
 def mean_over_pieces(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import secondorder as so
-from secondorder.operators import hessian
+from secondorder.operators import hessian, hessian_on_stacks
 from tests.operators.operator_models import (
     MODELS,
     assert_close,
@@ -129,3 +129,21 @@ def test_wrong_values_and_modes_are_refused():
         hessian(lambda p: p, jnp.ones(2))
     with pytest.raises(ValueError, match="`mode` must be one of 'forward_over_reverse'"):
         hessian(jnp.sum, jnp.ones(2), "forward")
+
+
+# Several products at once.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_chunks_change_nothing(x64, mode):
+    objective, params = build("mlp", "softmax")
+    stack = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(0).normal(size=(7, *p.shape))),
+                         params)  # fmt: skip
+
+    def run(chunk_size):
+        return hessian_on_stacks(objective, params, mode, chunk_size=chunk_size)(stack).vectors
+
+    expected = jax.jit(run, static_argnums=0)(None)
+    for chunk_size in (1, 3, 7, 20):
+        got = jax.jit(run, static_argnums=0)(chunk_size)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)

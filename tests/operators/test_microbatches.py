@@ -18,6 +18,7 @@ from secondorder.operators import (
     gauss_newton,
     gauss_newton_diagonal,
     hessian,
+    hessian_on_stacks,
     linearize_model,
 )
 from tests.operators.operator_models import (
@@ -54,6 +55,24 @@ def test_value_gradient_and_products_are_those_of_the_whole_batch(model):
     results = [jax.jit(functools.partial(evaluate, o))(params) for o in (pieces, whole)]
     for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
         assert_close(got, expected, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_products_with_stacks_and_their_samples():
+    """Samples are what each piece says, which plain objectives cannot."""
+    params, whole, pieces = both("mlp", "softmax")
+    rng = np.random.default_rng(0)
+    stack = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal((3, *p.shape))), params)
+    product = functools.partial(hessian_on_stacks, chunk_size=2)
+    images = jax.jit(lambda p: product(pieces, p, with_samples=True)(stack))(params)
+    expected = jax.jit(lambda p: product(whole, p)(stack))(params)
+    assert_close(ravel_pytree(images.vectors)[0], ravel_pytree(expected.vectors)[0], 1e-12)
+    assert expected.samples.shape == (0, 3, 3)
+    rows = jax.vmap(lambda vector: ravel_pytree(vector)[0])(stack)
+    piece = pieces.objective_on(jax.tree.map(lambda leaf: leaf[1], pieces.batches))
+    assert_close(images.samples[1], rows @ dense_hessian(piece, params) @ rows.T, 1e-12)
+    with pytest.raises(TypeError, match=r"Microbatches\.split"):
+        product(whole, params, with_samples=True)
 
 
 @pytest.mark.parametrize("mode", ["reverse_over_reverse", "central_difference"])
