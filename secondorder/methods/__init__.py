@@ -24,6 +24,12 @@ from secondorder.methods.levenberg_marquardt import (
     LevenbergMarquardtState,
     levenberg_marquardt,
 )
+from secondorder.methods.low_rank_saddle_free_newton import (
+    LowRankSaddleFreeNewtonMetrics,
+    ScaleByLowRankSaddleFreeNewtonState,
+    low_rank_saddle_free_newton,
+    scale_by_low_rank_saddle_free_newton,
+)
 from secondorder.methods.lsr1 import lsr1
 from secondorder.methods.lsr1_direction import ScaleByLSR1Metrics, ScaleByLSR1State, scale_by_lsr1
 from secondorder.methods.lsr1_state import LSR1Metrics, LSR1State
@@ -48,12 +54,14 @@ __all__ = [
     "LSR1State",
     "LevenbergMarquardtMetrics",
     "LevenbergMarquardtState",
+    "LowRankSaddleFreeNewtonMetrics",
     "NewtonCGMetrics",
     "NewtonCGState",
     "PositiveCurvatureMetrics",
     "ScaleByKBFGSState",
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
+    "ScaleByLowRankSaddleFreeNewtonState",
     "ScaleByPositiveCurvatureState",
     "block_hessian_free",
     "gauss_newton",
@@ -61,10 +69,12 @@ __all__ = [
     "kbfgs",
     "krylov_subspace_descent",
     "levenberg_marquardt",
+    "low_rank_saddle_free_newton",
     "lsr1",
     "newton_cg",
     "positive_curvature_hessian",
     "scale_by_kbfgs",
+    "scale_by_low_rank_saddle_free_newton",
     "scale_by_lsr1",
     "scale_by_positive_curvature",
     "stochastic_hessian_free",

@@ -68,6 +68,12 @@ def lm(name: str, **settings: Any) -> Entry:
 PCH_STATIC = ("max_iterations",)
 NEWTON_CG_STATIC = ("max_iterations", "max_trials", "full_batch")
 
+LRSFN = {"rank": 4, "damping": 0.3}
+LRSFN_STATIC = (
+    "rank", "oversampling", "warm_start", "passes", "initial_passes", "refresh_every", "block_size",
+    "chunk_size", "seed",
+)  # fmt: skip
+
 # Few evaluations and a high floor: the search multiplies the rounding errors by which two compiled
 # programs differ.
 KRYLOV = {"subspace_size": 2, "max_evaluations": 3, "eigenvalue_floor": 0.1}
@@ -182,5 +188,16 @@ REGISTRY = [
         "krylov_subspace_descent-preconditioned",
         preconditioner="empirical_fisher",
         weight_decay=1e-3,
+    ),
+    Entry("lrsfn", so.low_rank_saddle_free_newton, LRSFN, (), LRSFN_STATIC),
+    Entry(
+        "scale_by_lrsfn",
+        so.scale_by_low_rank_saddle_free_newton,
+        LRSFN
+        | {"refresh_every": 1, "warm_start": False, "passes": 2, "spectrum": "shifted", "seed": 1},
+        (),
+        LRSFN_STATIC,
+        False,
+        remembers=False,
     ),
 ]
