@@ -40,6 +40,11 @@ from secondorder.methods.positive_curvature import (
     positive_curvature_hessian,
     scale_by_positive_curvature,
 )
+from secondorder.methods.saddle_free_newton import (
+    SaddleFreeNewtonMetrics,
+    SaddleFreeNewtonState,
+    saddle_free_newton,
+)
 
 __all__ = [
     "BlockHessianFreeMetrics",
@@ -58,6 +63,8 @@ __all__ = [
     "NewtonCGMetrics",
     "NewtonCGState",
     "PositiveCurvatureMetrics",
+    "SaddleFreeNewtonMetrics",
+    "SaddleFreeNewtonState",
     "ScaleByKBFGSState",
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
@@ -73,6 +80,7 @@ __all__ = [
     "lsr1",
     "newton_cg",
     "positive_curvature_hessian",
+    "saddle_free_newton",
     "scale_by_kbfgs",
     "scale_by_low_rank_saddle_free_newton",
     "scale_by_lsr1",

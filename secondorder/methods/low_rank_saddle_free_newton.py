@@ -41,13 +41,14 @@ from secondorder.methods.low_rank_model import (
     tied_damping,
     way_out,
 )
-from secondorder.methods.terminal import keep_unless
-from secondorder.objective import Microbatches, all_finite, check_params, check_value_fn
+from secondorder.methods.terminal import curvature_objective, keep_unless, zero_metrics
+from secondorder.objective import Microbatches, all_finite, check_params
 from secondorder.operators.hessian import HessianMode
 from secondorder.sharding import replicated_zeros, shard_like
 from secondorder.solvers import Eigenpairs, Solution
 
 _NAME = "scale_by_low_rank_saddle_free_newton"
+_REALS = ("damping", "largest_eigenvalue", "smallest_eigenvalue", "step_norm")
 _LEAST_SAMPLES = 4  # of a Rayleigh quotient, for its standard deviation to mean something
 
 
@@ -240,7 +241,7 @@ def scale_by_low_rank_saddle_free_newton(
             if keeps_basis
             else None,
             pairs=pairs if refresh_every > 1 else None,
-            metrics=_no_metrics(dtype),
+            metrics=zero_metrics(LowRankSaddleFreeNewtonMetrics, dtype, _REALS),
         )
 
     def update(
@@ -255,7 +256,6 @@ def scale_by_low_rank_saddle_free_newton(
     ) -> tuple[chex.ArrayTree, ScaleByLowRankSaddleFreeNewtonState]:
         del extra_args
         check_params(params, _NAME)
-        check_value_fn(value_fn, _NAME)
         _check_rank(rank, params)
         objective = _curvature_objective(eigen, value_fn, curvature_fn)
 
@@ -391,18 +391,9 @@ def _extreme(
     return jnp.where(jnp.any(pairs.kept), found, 0)
 
 
-def _no_metrics(dtype: Any) -> LowRankSaddleFreeNewtonMetrics:
-    fields = LowRankSaddleFreeNewtonMetrics._fields
-    numbers = LowRankSaddleFreeNewtonMetrics(*(jnp.zeros((), jnp.int32) for _ in fields))
-    reals = ("damping", "largest_eigenvalue", "smallest_eigenvalue", "step_norm")
-    return numbers._replace(**{name: jnp.zeros((), dtype) for name in reals})
-
-
 def _curvature_objective(eigen: EigenSettings, value_fn: Any, curvature_fn: Any) -> Any:
     """The objective of the curvature batch, with as many pieces as its settings need."""
-    if curvature_fn is not None:
-        check_value_fn(curvature_fn, _NAME, "curvature_fn")
-    objective = value_fn if curvature_fn is None else curvature_fn
+    objective = curvature_objective(_NAME, value_fn, curvature_fn, splits=False)
     if eigen.signal_to_noise is None:
         return objective
     if not isinstance(objective, Microbatches) or objective.pieces < _LEAST_SAMPLES:

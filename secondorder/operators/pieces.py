@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import jax
 
 from secondorder.objective import Microbatches
 from secondorder.operators.linear_operator import LinearOperator, vectors_like

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import secondorder as so
 from secondorder import scale_by_low_rank_saddle_free_newton
@@ -19,6 +19,7 @@ from secondorder.objective import Microbatches
 from secondorder.operators import hessian
 from secondorder.solvers import Eigenpairs, krylov_basis, orthonormalize
 from secondorder.tree import project, random_stack
+from tests.meshes import make_mesh, place, use_mesh
 from tests.methods.comparisons import all_finite, all_zero, identical
 
 X = np.random.default_rng(0).standard_normal((16, 3))
@@ -433,24 +434,20 @@ def test_bfloat16():
 @pytest.mark.parametrize("eigensolver", ["subspace_iteration", "adaptive"])
 def test_explicit_mesh(eigensolver):
     """Sharded weights give the step of weights on one device."""
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    use = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    mesh = make_mesh(2, 2)
     tx = scale_by_low_rank_saddle_free_newton(
         4, chunk_size=2, eigensolver=eigensolver, block_size=2, tolerance=1e-3
     )
     expected, _ = update_once(tx, start_of(), loss_on())
 
-    def place(array, *axes):
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    with use(mesh):
+    with use_mesh(mesh):
         fresh = start_of()
         params = {
-            "w": place(fresh["w"], None, "model"),
-            "b": place(fresh["b"], "model"),
-            "scale": place(fresh["scale"]),
+            "w": place(mesh, fresh["w"], None, "model"),
+            "b": place(mesh, fresh["b"], "model"),
+            "scale": place(mesh, fresh["scale"]),
         }
-        batch = [place(jnp.asarray(a, jnp.float32), "data", None) for a in (X, Y)]
+        batch = [place(mesh, jnp.asarray(a, jnp.float32), "data", None) for a in (X, Y)]
         state = jax.jit(tx.init)(params)
         updates, new = update_once(tx, params, objective_on(batch), state)
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)

@@ -200,4 +200,13 @@ REGISTRY = [
         False,
         remembers=False,
     ),
+    Entry(
+        "saddle_free_newton",
+        so.saddle_free_newton,
+        {"subspace_size": 2, "damping": 0.5, "dampings": (1.0, 0.1), "weight_decay": 1e-3},
+        (),
+        ("subspace_size", "dampings"),
+        False,
+        terminal=True,
+    ),
 ]
