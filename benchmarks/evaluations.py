@@ -20,6 +20,7 @@ from secondorder.tree.blocks import label_blocks
 # of them evaluates the value and the gradient once.
 _LINESEARCH_STEPS = "num_linesearch_steps"
 _FORWARD, _BACKWARD, _PRODUCT = 1 / 3, 2 / 3, 4 / 3
+HESSIAN_PRODUCT = 2.0
 
 
 class Site(NamedTuple):
@@ -144,6 +145,19 @@ def levenberg_marquardt_work(state: optax.OptState, site: Site) -> Work:
     """The work of trial steps: one value each, or also its gradient where it is kept."""
     evaluation = 1.0 if site.settings.get("full_batch") else _FORWARD
     return hessian_free_work(state, site, evaluation=evaluation, trials=1)
+
+
+def low_rank_work(state: optax.OptState, site: Site) -> Work:
+    """The work of low-rank saddle-free Newton, whose Hessian is linearized in refreshes only.
+
+    That costs a gradient of the curvature batch, and each product two more.
+    """
+    del site
+    products = reported_count(state, "products")
+    return Work(
+        batch=_FORWARD * reported_count(state, "evaluations"),
+        curvature=jnp.where(products > 0, 1.0, 0.0) + HESSIAN_PRODUCT * products,
+    )
 
 
 def lsr1_work(state: optax.OptState, site: Site) -> Work:

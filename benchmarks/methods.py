@@ -11,12 +11,14 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 import secondorder as so
 from benchmarks import baselines
 from benchmarks.blocks import block_labels
 from benchmarks.evaluations import (
+    HESSIAN_PRODUCT,
     Site,
     Work,
     block_hessian_free_work,
@@ -24,6 +26,7 @@ from benchmarks.evaluations import (
     layer_statistics_work,
     levenberg_marquardt_work,
     linesearch_work,
+    low_rank_work,
     lsr1_work,
 )
 from benchmarks.problems import Params, Problem
@@ -171,6 +174,17 @@ def _package_method(attribute: str, name: str, description: str, **fields: Any) 
         description=description,
         factory=lambda: of_package(attribute),
         **{"work": hessian_free_work, **fields},
+    )
+
+
+def _low_rank(name: str, description: str, **fixed: Any) -> Method:
+    """Low-rank saddle-free Newton, or an ablation of it."""
+    return Method(
+        name=name,
+        description=description,
+        factory=lambda: functools.partial(of_package("low_rank_saddle_free_newton"), **fixed),
+        defaults={"learning_rate": 0.3},
+        work=low_rank_work,
     )
 
 
@@ -360,8 +374,27 @@ _ALL = (
         "newton_cg",
         "newton-cg",
         "inexact Newton, with products with the Hessian",
-        work=functools.partial(hessian_free_work, product=2.0),
+        work=functools.partial(hessian_free_work, product=HESSIAN_PRODUCT),
     ),
+    _package_method(
+        "saddle_free_newton",
+        "sfn",
+        "saddle-free Newton in a Krylov space (Dauphin et al. 2014)",
+        work=functools.partial(hessian_free_work, product=HESSIAN_PRODUCT),
+    ),
+    _low_rank("lrsfn", "low-rank saddle-free Newton (O'Leary-Roseberry et al. 2020)"),
+    # What the eigenvalues, and what the subspace, have to do with it.
+    _low_rank(
+        "lrsfn-zero",
+        "lrsfn with eigenvalues of zero: SGD at learning rate / damping",
+        spectrum=jnp.zeros_like,
+    ),
+    _low_rank(
+        "lrsfn-inf",
+        "lrsfn with infinite eigenvalues: the eigenvectors are projected out",
+        spectrum=lambda values: jnp.full_like(values, jnp.inf),
+    ),
+    _low_rank("lrsfn-random", "lrsfn on a random subspace", warm_start=False, passes=1),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

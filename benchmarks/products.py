@@ -24,10 +24,11 @@ from benchmarks.records import Record, open_writer, versions
 from secondorder import operators
 from secondorder.objective import Objective
 from secondorder.operators import LinearOperator
-from secondorder.tree import label_blocks, one_block
+from secondorder.tree import label_blocks, one_block, random_stack
 
 _FEW, _MANY = 1, 9
 _STEP_PRODUCTS = 20
+_COLUMNS_AT_ONCE = 20  # products with the Hessian in one batch
 _COLUMNS = {
     "flops_over_gradient": "flops\n/gradient",
     "flops_over_forward": "flops\n/forward",
@@ -96,7 +97,11 @@ def _of_problem(args: argparse.Namespace) -> Subject:
         f"{problem.name}, batch {size}",
         problem.objective(batch),
         params,
-        {"full": operators.gauss_newton, "blocks, linearized": _linearized},
+        {
+            "full": operators.gauss_newton,
+            "blocks, linearized": _linearized,
+            "Hessian": operators.hessian,
+        },
     )
 
 
@@ -121,6 +126,7 @@ def _classifier(depth: int, width: int, outputs: int = 10, cases: int = 64) -> S
         "blocks, linearized": _linearized,
         "blocks, factored": _factored,
         "full, factored": _factored_full,
+        "Hessian": operators.hessian,
     }
     return Subject(f"{depth} layers, batch {cases}", Objective(model, loss), params, makers)
 
@@ -143,7 +149,13 @@ def _measure(subject: Subject, repeats: int) -> list[Record]:
     objective, params = subject.objective, subject.params
     forward = _compile(lambda p: objective(p), params)
     gradient = _compile(jax.value_and_grad(objective), params)
-    programs: dict[str, Any] = {"gradient": gradient, "step": _step(objective, params)}
+    programs: dict[str, Any] = {
+        "gradient": gradient,
+        "step": _step(objective, params),
+        "low rank": _low_rank_step(objective, params),
+    }
+    for count in (_FEW, _MANY):
+        programs[f"batched/{count}"] = _compile(_batched_loop(objective, count), params)
     for name, make in subject.operators.items():
         for count in (_FEW, _MANY):
             programs[f"{name}/{count}"] = _compile(_loop(objective, make, count), params)
@@ -176,7 +188,58 @@ def _measure(subject: Subject, repeats: int) -> list[Record]:
         "step_over_parts": float(np.median(seconds["step"] / parts)),
         "versions": versions(),
     }
-    return [*records, step]
+    return [*records, step, *_low_rank_records(subject.name, seconds)]
+
+
+def _low_rank_records(name: str, seconds: Mapping[str, Any]) -> list[Record]:
+    """Hessian products side by side, and a step of low-rank saddle-free Newton made of them."""
+    gradient = seconds["gradient"]
+    several = (seconds[f"batched/{_MANY}"] - seconds[f"batched/{_FEW}"]) / (_MANY - _FEW)
+    count, step = _COLUMNS_AT_ONCE, seconds["low rank"]
+    rows = {
+        f"Hessian, {count} at once": {"seconds_over_gradient": several / count / gradient},
+        f"LRSFN step, {count} products": {
+            "seconds_over_gradient": step / gradient,
+            "step_over_parts": step / (gradient + several),
+        },
+    }
+    return [
+        {
+            "subject": name,
+            "what": what,
+            **{key: float(np.median(ratio)) for key, ratio in ratios.items()},
+            "versions": versions(),
+        }
+        for what, ratios in rows.items()
+    ]
+
+
+def _batched_loop(objective: Objective[Any], count: int) -> Callable[[Params], Any]:
+    """Several products with all vectors of a stack, one after the other."""
+
+    def program(params: Params) -> Any:
+        product = operators.hessian_on_stacks(objective, params)
+        stack = random_stack(jax.random.key(0), params, _COLUMNS_AT_ONCE)
+        return jax.lax.fori_loop(0, count, lambda _, vectors: product(vectors).vectors, stack)
+
+    return program
+
+
+def _low_rank_step(objective: Objective[Any], params: Params) -> Any:
+    """A step of low-rank saddle-free Newton with a warm start."""
+    optimizer = so.low_rank_saddle_free_newton(
+        1e-3, _COLUMNS_AT_ONCE, refresh_every=1, initial_passes=1
+    )
+    grads = jax.jit(jax.grad(objective))(params)
+    state = jax.jit(lambda g, s, p: optimizer.update(g, s, p, value_fn=objective)[1])(
+        grads, optimizer.init(params), params
+    )
+
+    def program(params: Params) -> Any:
+        value, grad = jax.value_and_grad(objective)(params)
+        return optimizer.update(grad, state, params, value=value, grad=grad, value_fn=objective)
+
+    return _compile(program, params)
 
 
 def _loop(objective: Objective[Any], make: MakeOperator, count: int) -> Callable[[Params], Any]:

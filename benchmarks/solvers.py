@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from benchmarks.baselines import optax_lbfgs
-from benchmarks.evaluations import linesearch_gradients
-from benchmarks.methods import lsr1_factory
+from benchmarks.evaluations import HESSIAN_PRODUCT, linesearch_gradients, reported_count
+from benchmarks.methods import lsr1_factory, of_package
 from benchmarks.settings import SettingError, Settings, check_keys, parse_variant
 
 Factory = Callable[..., optax.GradientTransformation]
@@ -84,6 +85,37 @@ def sgd(learning_rate: float, momentum: float = 0.0) -> optax.GradientTransforma
     return optax.sgd(learning_rate, momentum=momentum)
 
 
+def low_rank_factory() -> Factory:
+    """`low_rank`, if this version of the package has the method."""
+    of_package("low_rank_saddle_free_newton")
+    return low_rank
+
+
+def low_rank(
+    learning_rate: float, rank: int = 8, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`secondorder.low_rank_saddle_free_newton`, at full rank where there are few parameters."""
+
+    def of_size(params: Any) -> optax.GradientTransformationExtraArgs:
+        most = sum(leaf.size for leaf in jax.tree.leaves(params))
+        make = of_package("low_rank_saddle_free_newton")
+        return make(learning_rate, min(rank, most), **settings)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return of_size(params).update(grads, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: of_size(params).init(params), update
+    )
+
+
+def product_gradients(state: optax.OptState) -> jax.Array:
+    """What products with the Hessian and trial values cost, in gradients, rounded up."""
+    products = reported_count(state, "products")
+    work = HESSIAN_PRODUCT * products + reported_count(state, "evaluations") / 3
+    return jnp.ceil(work).astype(jnp.int32)
+
+
 _RATES = tuple({"learning_rate": rate} for rate in (1e-3, 1e-2, 1e-1, 1.0))
 
 _ALL = (
@@ -94,6 +126,29 @@ _ALL = (
         defaults={"full_batch": True},
         # At the trial point.
         extra_gradients=lambda state: 1,
+    ),
+    Solver(
+        name="lrsfn",
+        description="low-rank saddle-free Newton, products counted as gradients",
+        factory=low_rank_factory,
+        defaults={
+            "learning_rate": 1.0,
+            "damping": 1e-3,
+            "damping_share": 0.0,
+            "escape_length": 1.0,
+            "max_norm": 2.0,
+        },
+        candidates=tuple(
+            {"rank": rank, "refresh_every": period} for rank in (2, 8) for period in (1, 4)
+        ),
+        extra_gradients=product_gradients,
+    ),
+    Solver(
+        name="sfn",
+        description="saddle-free Newton in a Krylov space, products counted as gradients",
+        factory=lambda: of_package("saddle_free_newton"),
+        candidates=tuple({"subspace_size": size} for size in (1, 2, 4, 8)),
+        extra_gradients=product_gradients,
     ),
     Solver(
         name="lbfgs",
