@@ -230,16 +230,15 @@ def _low_rank_step(objective: Objective[Any], params: Params) -> Any:
     optimizer = so.low_rank_saddle_free_newton(
         1e-3, _COLUMNS_AT_ONCE, refresh_every=1, initial_passes=1
     )
-    grads = jax.jit(jax.grad(objective))(params)
-    state = jax.jit(lambda g, s, p: optimizer.update(g, s, p, value_fn=objective)[1])(
-        grads, optimizer.init(params), params
-    )
 
-    def program(params: Params) -> Any:
+    def program(params: Params, state: Any) -> Any:
         value, grad = jax.value_and_grad(objective)(params)
         return optimizer.update(grad, state, params, value=value, grad=grad, value_fn=objective)
 
-    return _compile(program, params)
+    first = optimizer.init(params)
+    compiled = jax.jit(program).lower(params, first).compile()
+    state = compiled(params, first)[1]
+    return lambda params: compiled(params, state)
 
 
 def _loop(objective: Objective[Any], make: MakeOperator, count: int) -> Callable[[Params], Any]:
