@@ -174,6 +174,40 @@ def test_curvature_fn_gives_the_hessian_and_nothing_else(x64):
     np.testing.assert_allclose(updates, -np.linalg.solve(2 * matrix, gradient), rtol=1e-8)
 
 
+@pytest.mark.parametrize("iterations", [2, 10])
+def test_inexact_newton_cg_of_oleary_roseberry_alger_and_ghattas(x64, iterations):
+    """The preset of the docstring: at negative curvature the last iterate, then backtracking."""
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0]
+    matrix = (basis * np.array([9.0, 5.0, 2.0, 1.0, 0.3, -0.2])) @ basis.T
+    right = basis @ np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.3])
+
+    def objective(p):
+        return p @ matrix @ p / 2 - right @ p + 0.5 * jnp.sum(p**2) ** 2
+
+    shifted, x = matrix + 1e-3 * np.eye(6), np.zeros(6)
+    residual = direction = right
+    for done in range(iterations):
+        image = shifted @ direction
+        if direction @ image <= 0:
+            assert done > 0
+            break
+        rate = residual @ residual / (direction @ image)
+        x, before = x + rate * direction, residual
+        residual = residual - rate * image
+        direction = residual + residual @ residual / (before @ before) * direction
+    rate = 1.0
+    while objective(rate * x) > objective(0 * x) - 1e-4 * rate * (right @ x):
+        rate /= 2
+    tx = newton_cg(
+        max_iterations=iterations, damping=1e-3, forcing=1e-9, forcing_power=0.0,
+        negative_curvature="truncate", max_trials=10,
+    )  # fmt: skip
+    updates, state = update_once(tx, jnp.zeros(6), objective)
+    np.testing.assert_allclose(updates, rate * x, rtol=1e-8)
+    assert state.metrics.negative_curvature == (iterations == 10)
+    assert state.metrics.rate == rate
+
+
 # Saddle points.
 
 
