@@ -1,16 +1,16 @@
 """The parts of a step of low-rank saddle-free Newton: eigenpairs, damping, direction, exit."""
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from secondorder import tree as vectors
+from secondorder.methods.low_rank_settings import EigenSettings, Spectrum
 from secondorder.objective import value_and_aux
-from secondorder.operators import HessianMode, hessian_on_stacks
+from secondorder.operators import hessian_on_stacks
 from secondorder.sharding import replicate
 from secondorder.solvers import (
     Eigenpairs,
@@ -22,30 +22,6 @@ from secondorder.solvers import (
     single_pass,
     subspace_iteration,
 )
-
-Eigensolver: TypeAlias = Literal["subspace_iteration", "single_pass", "block_krylov", "adaptive"]
-SpectrumKind: TypeAlias = Literal["absolute", "shifted"]
-Spectrum: TypeAlias = SpectrumKind | Callable[[jax.Array], jax.Array]
-
-
-class EigenSettings(NamedTuple):
-    """How the eigenpairs are found; see `scale_by_low_rank_saddle_free_newton`."""
-
-    rank: int
-    oversampling: int
-    eigensolver: Eigensolver
-    warm_start: bool
-    passes: int
-    initial_passes: int
-    tolerance: chex.Numeric
-    block_size: int
-    signal_to_noise: chex.Numeric | None
-    mode: HessianMode
-    chunk_size: int | None
-
-    def columns(self, params: chex.ArrayTree) -> int:
-        """The number of vectors in a basis, never more than parameters."""
-        return min(self.rank + self.oversampling, dimension(params))
 
 
 class Direction(NamedTuple):
@@ -62,18 +38,6 @@ class Direction(NamedTuple):
     damping: jax.Array
     clipped: jax.Array
     decrease: jax.Array
-
-
-def dimension(params: chex.ArrayTree) -> int:
-    """How many numbers the parameters are.
-
-    Args:
-      params: A pytree of arrays, or abstract.
-
-    Returns:
-      Their number.
-    """
-    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params))
 
 
 def find_eigenpairs(

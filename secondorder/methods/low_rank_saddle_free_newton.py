@@ -20,26 +20,23 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import tree as vectors
-from secondorder.checks import (
-    check_choice,
-    check_flag,
-    check_range,
-    check_static_count,
-    is_zero,
-)
+from secondorder.checks import check_choice, check_range, is_zero
 from secondorder.methods.layerwise import WeightDecayForm, with_settings_of
 from secondorder.methods.low_rank_model import (
     Direction,
-    EigenSettings,
-    Eigensolver,
-    Spectrum,
-    SpectrumKind,
-    dimension,
     find_eigenpairs,
     lower_end,
     precondition,
     tied_damping,
     way_out,
+)
+from secondorder.methods.low_rank_settings import (
+    EigenSettings,
+    Eigensolver,
+    Spectrum,
+    StepSettings,
+    check_rank,
+    check_settings,
 )
 from secondorder.methods.terminal import curvature_objective, keep_unless, zero_metrics
 from secondorder.objective import Microbatches, all_finite, check_params
@@ -98,17 +95,6 @@ class ScaleByLowRankSaddleFreeNewtonState(NamedTuple):
     basis: chex.ArrayTree | None
     pairs: Eigenpairs | None
     metrics: LowRankSaddleFreeNewtonMetrics
-
-
-class _Settings(NamedTuple):
-    """The hyperparameters of the step."""
-
-    refresh_every: int
-    damping: chex.Numeric
-    damping_share: chex.Numeric
-    spectrum: Spectrum
-    max_norm: chex.Numeric | None
-    escape_length: chex.Numeric
 
 
 def scale_by_low_rank_saddle_free_newton(
@@ -221,13 +207,15 @@ def scale_by_low_rank_saddle_free_newton(
         rank, oversampling, eigensolver, warm_start, passes, initial_passes, tolerance, block_size,
         signal_to_noise, mode, chunk_size,
     )  # fmt: skip
-    settings = _Settings(refresh_every, damping, damping_share, spectrum, max_norm, escape_length)
-    _check(eigen, settings)
+    settings = StepSettings(
+        refresh_every, damping, damping_share, spectrum, max_norm, escape_length
+    )
+    check_settings(eigen, settings)
     keeps_basis = warm_start and eigensolver != "adaptive"
 
     def init(params: chex.ArrayTree) -> ScaleByLowRankSaddleFreeNewtonState:
         check_params(params, _NAME)
-        _check_rank(rank, params)
+        check_rank(_NAME, rank, params)
         dtype = vectors.accumulation_dtype(params)
         pairs = Eigenpairs(
             jnp.zeros((rank,), dtype),
@@ -256,7 +244,7 @@ def scale_by_low_rank_saddle_free_newton(
     ) -> tuple[chex.ArrayTree, ScaleByLowRankSaddleFreeNewtonState]:
         del extra_args
         check_params(params, _NAME)
-        _check_rank(rank, params)
+        check_rank(_NAME, rank, params)
         objective = _curvature_objective(eigen, value_fn, curvature_fn)
 
         # 1. The gradient; zero if the batch is not finite.
@@ -299,7 +287,7 @@ def scale_by_low_rank_saddle_free_newton(
 
 def _refresh(
     eigen: EigenSettings,
-    settings: _Settings,
+    settings: StepSettings,
     objective: Any,
     params: chex.ArrayTree,
     key: jax.Array,
@@ -324,7 +312,7 @@ def _refresh(
 
 
 def _escape(
-    settings: _Settings,
+    settings: StepSettings,
     value_fn: Any,
     params: chex.ArrayTree,
     pairs: Eigenpairs,
@@ -402,40 +390,6 @@ def _curvature_objective(eigen: EigenSettings, value_fn: Any, curvature_fn: Any)
             "curvature batch; pass curvature_fn=Microbatches.split(objective_on, batch, size)."
         )
     return objective
-
-
-def _check_rank(rank: int, params: chex.ArrayTree) -> None:
-    # `optax.tree.map_params` passes a tree without leaves.
-    if jax.tree.leaves(params) and rank > dimension(params):
-        raise ValueError(
-            f"{_NAME}: `rank` is {rank}, but there are only {dimension(params)} parameters."
-        )
-
-
-def _check(eigen: EigenSettings, settings: _Settings) -> None:
-    for name in ("rank", "passes", "initial_passes", "block_size"):
-        check_static_count(name, getattr(eigen, name))
-    check_static_count("refresh_every", settings.refresh_every)
-    if eigen.oversampling != 0:
-        check_static_count("oversampling", eigen.oversampling)
-    if eigen.chunk_size is not None:
-        check_static_count("chunk_size", eigen.chunk_size)
-    check_flag("warm_start", eigen.warm_start)
-    check_choice("eigensolver", eigen.eigensolver, get_args(Eigensolver))
-    check_choice("mode", eigen.mode, get_args(HessianMode))
-    if not callable(settings.spectrum):
-        check_choice("spectrum", settings.spectrum, get_args(SpectrumKind))
-    check_range("tolerance", eigen.tolerance, low=0, high=1, open_low=True)
-    for name in ("damping", "max_norm"):
-        check_range(name, getattr(settings, name), low=0, open_low=True)
-    for name in ("damping_share", "escape_length"):
-        check_range(name, getattr(settings, name), low=0)
-    check_range("signal_to_noise", eigen.signal_to_noise, low=0)
-    if eigen.signal_to_noise is not None and eigen.eigensolver in ("single_pass", "block_krylov"):
-        raise ValueError(
-            f"`signal_to_noise` needs `eigensolver` 'subspace_iteration' or 'adaptive', got "
-            f"{eigen.eigensolver!r}."
-        )
 
 
 @with_settings_of(scale_by_low_rank_saddle_free_newton)
