@@ -314,7 +314,7 @@ def block_hessian_free(
         shift = jnp.broadcast_to(state.damping, (len(partition),))
         if relative_damping:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
-            shift = shift * _mean_diagonal(matrix.diagonal, partition, key)
+            shift = shift * _mean_diagonal(matrix.diagonal, point.params, partition, key)
 
         # 2. The system of each block.
         solution = solve(matrix, point, shift + weight_decay, partition, state.solution)
@@ -371,14 +371,12 @@ def _curvature(
     return _Curvature(choice.engine, diagonal, full, factors if choice.engine == "dual" else None)
 
 
-def _mean_diagonal(matrix: LinearOperator, blocks: Blocks, key: jax.Array) -> jax.Array:
+def _mean_diagonal(
+    matrix: LinearOperator, params: chex.ArrayTree, blocks: Blocks, key: jax.Array
+) -> jax.Array:
     """An unbiased estimate of the mean of the diagonal of each block ``(L,)``, not negative."""
-    leaves, structure = jax.tree.flatten(matrix.like)
-    keys = jax.random.split(key, len(leaves))
-    signs = jax.tree.unflatten(
-        structure,
-        [jax.random.rademacher(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)],
-    )
+    signs = vectors.random_vector(jax.random.rademacher, key, params)
+    leaves = jax.tree.leaves(params)
     sizes = [sum(leaves[i].size for i in blocks.leaves_of(b)) for b in range(len(blocks))]
     traces = vectors.block_inner(blocks, signs, matrix(signs))
     return jnp.maximum(traces, 0) / jnp.asarray(sizes, traces.dtype)

@@ -1,5 +1,6 @@
 """The trial step of L-SR1: the minimizer of the model, with momentum, or a random step."""
 
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -24,7 +25,6 @@ from secondorder.methods.lsr1_model import (
     slope_of,
     solve_model,
 )
-from secondorder.sharding import shard_like
 from secondorder.solvers import step_norm
 from secondorder.tree import PairMemory
 
@@ -160,12 +160,6 @@ def _add_momentum(
 
 def _random_step(key: jax.Array, like: chex.ArrayTree, length: jax.Array) -> chex.ArrayTree:
     """A step of a given length in a random direction."""
-    leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        shard_like(jax.random.uniform(k, leaf.shape, leaf.dtype, -1, 1), leaf)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    direction = jax.tree.unflatten(structure, drawn)
+    direction = vectors.random_vector(partial(jax.random.uniform, minval=-1), key, like)
     norm = jnp.sqrt(vectors.inner(direction, direction))
     return jax.tree.map(lambda d: d * (length / norm), direction)

@@ -1,7 +1,7 @@
 """The parts of a step of `newton_cg`: what is solved for, where to go, and how far."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -13,7 +13,6 @@ from secondorder.control import reduction_ratio
 from secondorder.methods.hessian_free_model import Parabola, parabola_of
 from secondorder.methods.terminal import Point
 from secondorder.operators import LinearOperator
-from secondorder.sharding import shard_like
 from secondorder.solvers import CGResult
 
 NegativeCurvature: TypeAlias = Literal["follow", "truncate"]
@@ -93,9 +92,8 @@ def pose(
     share = norm / jnp.where(largest > 0, largest, 1)
     # At a stationary point nothing is to be solved, only something to be found.
     residual = jnp.where(is_probe, 0, jnp.minimum(forcing, share**power)).astype(norm.dtype)
-    right = jax.tree.map(
-        lambda r, g: jnp.where(is_probe, r, -g), _random_like(key, gradient), gradient
-    )
+    drawn = vectors.random_vector(jax.random.normal, key, gradient)
+    right = jax.tree.map(lambda r, g: jnp.where(is_probe, r, -g), drawn, gradient)
     return Equation(right, is_probe, residual, largest)
 
 
@@ -194,16 +192,6 @@ def search_along(
     return jax.lax.while_loop(
         lambda search: ~search.ended & (search.trials < max_trials), attempt, start
     )
-
-
-def _random_like(key: jax.Array, vector: chex.ArrayTree) -> chex.ArrayTree:
-    leaves, structure = jax.tree.flatten(vector)
-    keys = jax.random.split(key, len(leaves))
-    drawn: list[Any] = [
-        shard_like(jax.random.normal(k, leaf.shape, leaf.dtype), leaf)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def _scale_down(

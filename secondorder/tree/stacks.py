@@ -7,8 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from secondorder.sharding import contract, shard_like
-from secondorder.tree.vectors import accumulation_dtype, zeros_stack
+from secondorder.sharding import contract
+from secondorder.tree.vectors import accumulation_dtype, random_vector, zeros_stack
 
 
 def stack_size(stack: chex.ArrayTree) -> int:
@@ -87,10 +87,5 @@ def random_stack(key: jax.Array, tree: chex.ArrayTree, size: int) -> chex.ArrayT
       >>> random_stack(jax.random.key(0), {"a": jnp.ones(3)}, 2)["a"].shape
       (2, 3)
     """
-    zeros, structure = jax.tree.flatten(zeros_stack(tree, size, accumulation_dtype(tree)))
-    keys = jax.random.split(key, len(zeros))
-    drawn = [
-        shard_like(jax.random.normal(k, leaf.shape, leaf.dtype), leaf)
-        for k, leaf in zip(keys, zeros, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
+    zeros = zeros_stack(tree, size, accumulation_dtype(tree))
+    return random_vector(jax.random.normal, key, zeros)
