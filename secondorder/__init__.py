@@ -47,17 +47,21 @@ from secondorder.methods import (
 from secondorder.metrics import metrics
 from secondorder.objective import Microbatches, Objective
 from secondorder.partition import hold_rest, mask_params, masked, partition
-from secondorder.spectrum import (
+from secondorder.spectra import (
     DiagonalEstimate,
     Eigenpairs,
     SpectralDensity,
+    Spectrum,
     TraceEstimate,
     curvature_diagonal,
     curvature_trace,
     extreme_eigenpairs,
     plot_density,
+    plot_diagonal,
     plot_eigenvalues,
+    plot_trace,
     spectral_density,
+    spectrum,
 )
 
 __all__ = [
@@ -93,6 +97,7 @@ __all__ = [
     "ScaleByLowRankSaddleFreeNewtonState",
     "ScaleByPositiveCurvatureState",
     "SpectralDensity",
+    "Spectrum",
     "TraceEstimate",
     "__version__",
     "block_hessian_free",
@@ -114,7 +119,9 @@ __all__ = [
     "newton_cg",
     "partition",
     "plot_density",
+    "plot_diagonal",
     "plot_eigenvalues",
+    "plot_trace",
     "positive_curvature_hessian",
     "saddle_free_newton",
     "scale_by_kbfgs",
@@ -122,5 +129,6 @@ __all__ = [
     "scale_by_lsr1",
     "scale_by_positive_curvature",
     "spectral_density",
+    "spectrum",
     "stochastic_hessian_free",
 ]

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
-from secondorder.spectrum.density import SpectralDensity
-from secondorder.spectrum.eigenpairs import Eigenpairs
+from secondorder.spectra.density import SpectralDensity
+from secondorder.spectra.eigenpairs import Eigenpairs
+from secondorder.spectra.estimates import DiagonalEstimate, TraceEstimate
+from secondorder.tree import leaf_paths
 
 _DECADES = 5  # of a density below its peak that are drawn
 
@@ -85,6 +88,76 @@ def plot_eigenvalues(pairs: Eigenpairs, axes: Any = None, **marks: Any) -> Any:
     axes.grid(axis="y", alpha=0.3)
     if "label" in marks:
         axes.legend(frameon=False)
+    return axes
+
+
+def plot_trace(trace: TraceEstimate, axes: Any = None, **bars: Any) -> Any:
+    """Draws the mean eigenvalue, that is the trace by the number of parameters, of each block.
+
+    Lines on the bars are one standard error.
+
+    Args:
+      trace: What `curvature_trace` found.
+      axes: The matplotlib axes to draw on, or None for those of a new figure.
+      **bars: What `matplotlib.axes.Axes.bar` takes, such as ``label`` and ``color``.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import secondorder as so
+      >>> trace = so.curvature_trace(lambda p: jnp.sum(p**2), jnp.ones(4), jax.random.key(0))
+      >>> axes = so.plot_trace(trace)  # doctest: +SKIP
+    """
+    axes = _axes(axes, "plot_trace")
+    size = np.atleast_1d(np.asarray(trace.size))
+    means, errors = (np.atleast_1d(np.asarray(a)) / size for a in (trace.value, trace.error))
+    names = ("all parameters",) if trace.blocks is None else trace.blocks.names
+    axes.bar(range(len(means)), means, yerr=errors, **({"capsize": 2, "width": 0.6} | bars))
+    axes.set_xticks(range(len(means)), names, rotation=30, ha="right")
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(ylabel="mean eigenvalue")
+    axes.grid(axis="y", alpha=0.3)
+    if "label" in bars:
+        axes.legend(frameon=False)
+    return axes
+
+
+def plot_diagonal(diagonal: DiagonalEstimate, axes: Any = None, **box: Any) -> Any:
+    """Draws how the diagonal is distributed in each array of the parameters.
+
+    Boxes hold the middle half, whiskers all but five percent on either side.
+
+    Args:
+      diagonal: What `curvature_diagonal` found.
+      axes: The matplotlib axes to draw on, or None for those of a new figure.
+      **box: What `matplotlib.axes.Axes.boxplot` takes.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import secondorder as so
+      >>> diagonal = so.curvature_diagonal(
+      ...     lambda p: jnp.sum(p["a"] ** 4), {"a": jnp.arange(4.0)}, jax.random.key(0))
+      >>> axes = so.plot_diagonal(diagonal)  # doctest: +SKIP
+    """
+    axes = _axes(axes, "plot_diagonal")
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(diagonal.values)]
+    axes.boxplot(leaves, **({"whis": (5, 95), "showfliers": False} | box))
+    names = [path or "all parameters" for path in leaf_paths(diagonal.values)]
+    axes.set_xticks(range(1, len(leaves) + 1), names, rotation=30, ha="right")
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(ylabel="diagonal element")
+    axes.grid(axis="y", alpha=0.3)
     return axes
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 import secondorder as so
 from secondorder.tree import Blocks
 from tests.meshes import make_mesh, place, use_mesh
-from tests.spectrum.spectrum_models import KEY, make_batch, make_params, objective_on
+from tests.spectra.spectrum_models import KEY, make_batch, make_params, objective_on
 
 P = PartitionSpec
 FUNCTIONS = (
@@ -196,8 +196,28 @@ def test_figures_of_eigenvalues(pyplot, tmp_path):
     axes.figure.savefig(tmp_path / "figure.png")
 
 
+def test_figures_of_traces_and_diagonals(pyplot, tmp_path):
+    trace = so.TraceEstimate(np.array([2.0, 6.0]), np.array([0.2, 0.3]), np.array([2, 3]), BLOCKS)
+    axes = so.plot_trace(trace)
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 2.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "second"]
+    alone = so.plot_trace(so.TraceEstimate(np.float32(4), np.float32(1), np.int32(2), None))
+    assert [bar.get_height() for bar in alone.patches] == [2.0]
+    diagonal = {"a": np.arange(5.0), "b": {"c": np.ones((2, 2))}}
+    axes = so.plot_diagonal(so.DiagonalEstimate(diagonal, diagonal))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b/c"]
+    axes.figure.savefig(tmp_path / "figure.png")
+
+
 def test_figures_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for plot, result in [(so.plot_density, DENSITY), (so.plot_eigenvalues, PAIRS)]:
+    one = {"a": np.ones(2)}
+    results = {
+        so.plot_density: DENSITY,
+        so.plot_eigenvalues: PAIRS,
+        so.plot_trace: so.TraceEstimate(np.float32(4), np.float32(1), np.int32(2), None),
+        so.plot_diagonal: so.DiagonalEstimate(one, one),
+    }
+    for plot, result in results.items():
         with pytest.raises(ImportError, match=r"pip install 'secondorder\[plot\]'"):
             plot(result)

@@ -4,19 +4,21 @@
 * `eigenpairs`: the outermost eigenvalues with their eigenvectors, by Lanczos' process.
 * `density`: the whole spectrum as a density, by stochastic Lanczos quadrature.
 * `estimates`: trace and diagonal, from products with random signs.
-* `plots`: figures of the first two, with matplotlib.
+* `overview`: all of these in one call.
+* `plots`: their figures, with matplotlib.
 """
 
-from secondorder.spectrum.curvature import BlockChoice, Matrix
-from secondorder.spectrum.density import SpectralDensity, spectral_density
-from secondorder.spectrum.eigenpairs import Eigenpairs, extreme_eigenpairs
-from secondorder.spectrum.estimates import (
+from secondorder.spectra.curvature import BlockChoice, Matrix
+from secondorder.spectra.density import SpectralDensity, spectral_density
+from secondorder.spectra.eigenpairs import Eigenpairs, extreme_eigenpairs
+from secondorder.spectra.estimates import (
     DiagonalEstimate,
     TraceEstimate,
     curvature_diagonal,
     curvature_trace,
 )
-from secondorder.spectrum.plots import plot_density, plot_eigenvalues
+from secondorder.spectra.overview import Spectrum, spectrum
+from secondorder.spectra.plots import plot_density, plot_diagonal, plot_eigenvalues, plot_trace
 
 __all__ = [
     "BlockChoice",
@@ -24,11 +26,15 @@ __all__ = [
     "Eigenpairs",
     "Matrix",
     "SpectralDensity",
+    "Spectrum",
     "TraceEstimate",
     "curvature_diagonal",
     "curvature_trace",
     "extreme_eigenpairs",
     "plot_density",
+    "plot_diagonal",
     "plot_eigenvalues",
+    "plot_trace",
     "spectral_density",
+    "spectrum",
 ]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from secondorder.checks import check_flag, check_range, check_static_count, is_number
 from secondorder.solvers import lanczos, ritz_pairs
-from secondorder.spectrum.curvature import (
+from secondorder.spectra.curvature import (
     BlockChoice,
     Curvature,
     Matrix,

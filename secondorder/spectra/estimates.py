@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from secondorder.checks import check_static_count
 from secondorder.solvers import LanczosResult, lanczos
-from secondorder.spectrum.curvature import (
+from secondorder.spectra.curvature import (
     BlockChoice,
     Curvature,
     Matrix,

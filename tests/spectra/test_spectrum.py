@@ -9,8 +9,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import secondorder as so
-from secondorder.spectrum.curvature import make_curvature
-from tests.spectrum.spectrum_models import (
+from secondorder.spectra.curvature import make_curvature
+from tests.spectra.spectrum_models import (
     KEY,
     MATRICES,
     dense,
@@ -298,3 +298,16 @@ def test_same_key_gives_the_same_numbers():
     first, again, raw, other = map(run, (KEY, KEY, jax.random.PRNGKey(3), jax.random.key(4)))
     assert first.value == again.value == raw.value != other.value
     assert np.isnan(first.error)  # one probe says nothing of its error
+
+
+def test_overview_has_what_its_parts_find():
+    params, objective, matrices = problem()
+    found = measure(so.spectrum, largest=2, probes=2)
+    eigenvalues = np.linalg.eigvalsh(matrices["hessian"])
+    np.testing.assert_allclose(found.eigenpairs.values, eigenvalues[[0, -2, -1]], rtol=1e-6)
+    assert abs(found.trace.value - eigenvalues.sum()) < 4 * found.trace.error
+    assert jax.tree.structure(found.diagonal.values) == jax.tree.structure(params)
+    step = np.diff(found.density.eigenvalues)[0]
+    np.testing.assert_allclose(found.density.density.sum() * step, 1, rtol=1e-2)
+    with pytest.raises(TypeError, match="spectrum"):
+        so.spectrum(objective, params, None)

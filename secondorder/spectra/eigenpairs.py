@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.solvers import LanczosResult, RitzPairs, lanczos, ritz_pairs
-from secondorder.spectrum.curvature import (
+from secondorder.spectra.curvature import (
     BlockChoice,
     Curvature,
     Matrix,
