@@ -179,7 +179,7 @@ def _measure(subject: Subject, repeats: int) -> list[Record]:
         }
         for name, (product, first) in costs.items()
     ]
-    count = int(programs["step"](params)[1].metrics.iterations)
+    count = int(programs["step"](params)[1].metrics.products)
     parts = seconds["gradient"] + count * products["full"]
     step: Record = {
         "subject": subject.name,
@@ -279,6 +279,7 @@ def _step(objective: Objective[Any], params: Params) -> Any:
         progress=0.0,
         warm_start=0.0,
         backtracking=False,
+        max_trials=1,  # values along the step are none of its products
     )
     state = optimizer.init(params)
 

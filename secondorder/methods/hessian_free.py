@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import tree as vectors
-from secondorder.checks import check_range, is_number
+from secondorder.checks import check_range, is_number, is_zero
 from secondorder.control import (
     DampingRule,
     SearchResult,
@@ -350,7 +350,9 @@ def _solve(
 ) -> CGResult:
     """Conjugate gradients from a part of the last solution."""
     decay = at(settings.warm_start, state.count)
-    start = jax.tree.map(lambda x: (decay * x).astype(x.dtype), state.solution)
+    start = None  # which saves the product with it
+    if not is_zero(decay):
+        start = jax.tree.map(lambda x: (decay * x).astype(x.dtype), state.solution)
     with jax.named_scope("conjugate_gradients"):
         return conjugate_gradient(
             model.matrix,

@@ -6,6 +6,10 @@ step lengths and its own end, and the iterates of a block that has ended do not 
 
 Nothing is compared with an absolute number: multiplying :math:`A` and :math:`b` by a constant
 changes no iterate, as long as the inner products neither overflow nor underflow.
+
+Besides its product an iteration passes over vectors of the size of the parameters twelve times:
+each is read and written once, in place. Nothing is selected but where it is computed, a direction
+is turned at the beginning of the iteration that uses it, and the model is known by numbers alone.
 """
 
 import dataclasses
@@ -74,6 +78,7 @@ class _System:
     Attributes:
       product: ``A``.
       precondition: The inverse of the preconditioner.
+      costly: Whether that is any function, and not to be computed twice; static.
       b: The right-hand side; zero in blocks where the given one is not finite.
       blocks: The partition, of ``L`` blocks.
       max_iterations: Bound on the iterations; static.
@@ -86,6 +91,7 @@ class _System:
 
     product: Product
     precondition: Product
+    costly: bool
     b: chex.ArrayTree
     blocks: Blocks
     max_iterations: int
@@ -102,7 +108,9 @@ class _State(NamedTuple):
       trips: Iterations of the loop.
       solution: ``x``.
       residual: ``r = A x - b``.
-      direction: ``p``.
+      preconditioned: ``y``, if the preconditioner is a function; None: it is made anew where used.
+      direction: ``p`` of the last iteration; before the first one ``-y``.
+      turn: What of it the next direction keeps (L,).
       size: The squared norm of the residual that the preconditioner defines (L,), larger than its
         rounding where active.
       model: ``φ`` (L,).
@@ -118,7 +126,9 @@ class _State(NamedTuple):
     trips: jax.Array
     solution: chex.ArrayTree
     residual: chex.ArrayTree
+    preconditioned: chex.ArrayTree | None
     direction: chex.ArrayTree
+    turn: jax.Array
     size: jax.Array
     model: jax.Array
     iterations: jax.Array
@@ -152,14 +162,20 @@ def conjugate_gradient(
       r_+ = r + \frac{r^\top y}{p^\top A p}\, A p, \qquad
       p_+ = -y_+ + \frac{r_+^\top y_+}{r^\top y}\, p
 
-    and knows :math:`\phi = \tfrac12 x^\top (r - b)` without another product. A block ends
+    and knows :math:`\phi = \tfrac12 x^\top A x - b^\top x` without another product,
+
+    .. math:: \phi_+ = \phi - \tfrac12 \frac{(r^\top y)^2}{p^\top A p}
+
+    which holds wherever a step ends at the minimum of its line; that directions lose their
+    conjugacy to rounding does not matter. A block ends
 
     * by `has_stalled`, Martens' rule on the decrease of :math:`\phi`;
     * where :math:`\|r\| \le \mathrm{residual} \cdot \|b\|`;
     * where, in the norm of :math:`M^{-1}`, the residual is smaller than the rounding of ``b``: the
       recursion goes on to zero, but :math:`A x - b` does not follow it;
     * where :math:`p^\top A p \le 0`, before the step;
-    * where a number is not finite: that step is undone.
+    * where a number is not finite: before the step, if it is one of the product; after it, if it is
+      one of the preconditioner's. Numbers of the residual that overflow are set to zero.
 
     A start :math:`x_0` is shortened in each block to :math:`t x_0`, with :math:`t` the minimizer of
     :math:`\phi(t x_0)` in [0, 1]: one from another batch cannot be worse than none.
@@ -200,8 +216,10 @@ def conjugate_gradient(
       [True]
 
     Source: Martens (2010), Deep learning via Hessian-free optimization, section 4; Hestenes,
-    Stiefel (1952), Methods of conjugate gradients. Blocks in parallel: Zhang, Xiong, Bradbury,
-    Socher (2017), Block-diagonal Hessian-free optimization.
+    Stiefel (1952), Methods of conjugate gradients. The model by numbers alone: Strakoš, Tichý
+    (2002), On error estimation in the conjugate gradient method and why it works in finite
+    precision computations. Blocks in parallel: Zhang, Xiong, Bradbury, Socher (2017),
+    Block-diagonal Hessian-free optimization.
     """
     check_static_count("max_iterations", max_iterations)
     squares = block_inner(blocks, b, b)
@@ -211,6 +229,7 @@ def conjugate_gradient(
     system = _System(
         product=product,
         precondition=precondition,
+        costly=callable(preconditioner),
         b=b,
         blocks=blocks,
         max_iterations=max_iterations,
@@ -276,9 +295,11 @@ def _init_state(
         trips=jnp.zeros((), jnp.int32),
         solution=solution,
         residual=residual,
+        preconditioned=preconditioned if system.costly else None,
         direction=block_choose(
             system.blocks, finite, jax.tree.map(jnp.negative, preconditioned), zeros
         ),
+        turn=jnp.zeros_like(size),
         size=jnp.where(finite, size, 0),
         model=model,
         iterations=iterations,
@@ -292,41 +313,39 @@ def _init_state(
 
 
 def _iterate(system: _System, state: _State) -> _State:
-    """One iteration of every active block."""
+    """One iteration of every active block; others stay where they are."""
     blocks, trips = system.blocks, state.trips + 1
-    image, curvature = _curvature_along(system, state.direction)
+    ahead = _turned(blocks, _preconditioned(system, state), state.turn, state.direction)
+    direction = block_choose(blocks, state.active, ahead, state.direction)
+    image = system.product(direction)
+    # Not finite if one element of the product is not, even if that of the direction is zero.
+    curvature = block_inner(blocks, direction, image)
     downhill = jnp.isfinite(curvature) & _is_positive(curvature)
-    # Blocks that have ended stay where they are.
-    length = jnp.where(state.active & downhill, state.size / positive_or_one(curvature), 0)
-    solution = _add_scaled(blocks, state.solution, length, state.direction)
-    residual = _add_scaled(blocks, state.residual, length, image)
+    length = jnp.where(downhill, state.size / positive_or_one(curvature), 0)
+    model = state.model - length * state.size / 2
+    moved = state.active & downhill & jnp.isfinite(model)
+    solution = _moved(blocks, state.solution, moved, length, direction)
+    residual = _moved(blocks, state.residual, moved, length, image)
     preconditioned = system.precondition(residual)
     size = block_inner(blocks, residual, preconditioned)
-    model = _model(system, solution, residual)
 
     finite = jnp.isfinite(curvature) & jnp.isfinite(size) & jnp.isfinite(model)
-    moved = state.active & downhill & finite
     stop = _is_small(system, trips, residual) | _is_stalled(system, state.ring, trips, model)
-    ended = moved & (stop | (jnp.abs(size) <= system.rounding))
-    # A preconditioner that is not positive definite ends a block too.
-    active = moved & ~ended & (size > system.rounding)
-    turn = size / positive_or_one(state.size)
-    direction = _add_scaled(
-        blocks, jax.tree.map(jnp.negative, preconditioned), turn, state.direction
-    )
-
-    solution = block_choose(blocks, moved, solution, state.solution)
+    ended = moved & finite & (stop | (jnp.abs(size) <= system.rounding))
     model = jnp.where(moved, model, state.model)
     iterations = state.iterations + moved
     return _State(
         trips=trips,
         solution=solution,
-        residual=block_choose(blocks, moved, residual, state.residual),
-        direction=block_choose(blocks, active, direction, state.direction),
-        size=jnp.where(moved, size, state.size),
+        residual=residual,
+        preconditioned=None if state.preconditioned is None else preconditioned,
+        direction=direction,
+        turn=size / positive_or_one(state.size),
+        size=jnp.where(jnp.isfinite(size), size, 0),
         model=model,
         iterations=iterations,
-        active=active,
+        # A preconditioner that is not positive definite ends a block too.
+        active=moved & finite & ~ended & (size > system.rounding),
         negative_curvature=state.negative_curvature | (state.active & finite & ~downhill),
         finite=state.finite & (finite | ~state.active),
         converged=state.converged | ended,
@@ -342,8 +361,8 @@ def _as_result(last: _State, *, started: bool, max_iterations: int) -> CGResult:
     if last.stored is not None:
         numbers = stored_at(jnp.max(last.iterations), max_iterations)
     return CGResult(
-        solution=last.solution,
-        residual=last.residual,
+        solution=_without_overflow(last.solution),
+        residual=_without_overflow(last.residual),
         model=last.model,
         iterations=last.iterations,
         products=last.trips + int(started),
@@ -355,6 +374,11 @@ def _as_result(last: _State, *, started: bool, max_iterations: int) -> CGResult:
         stored_at=numbers,
         stored_model=models,
     )
+
+
+def _without_overflow(vector: chex.ArrayTree) -> chex.ArrayTree:
+    """A vector whose elements that are not finite are zero."""
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), vector)
 
 
 def _as_inverse(preconditioner: chex.ArrayTree | Product | None) -> Product:
@@ -454,9 +478,24 @@ def _store(
     return write(stored, storage_row(jnp.max(iterations), max_iterations), iterate)
 
 
-def _add_scaled(
-    blocks: Blocks, x: chex.ArrayTree, coefficients: jax.Array, y: chex.ArrayTree
+def _preconditioned(system: _System, state: _State) -> chex.ArrayTree:
+    """``y`` of the present residual, computed once if it may be costly."""
+    if state.preconditioned is None:
+        return system.precondition(state.residual)
+    return state.preconditioned
+
+
+def _turned(
+    blocks: Blocks, preconditioned: chex.ArrayTree, turn: jax.Array, direction: chex.ArrayTree
 ) -> chex.ArrayTree:
-    """Adds a multiple of each block of ``y``, in the dtypes of ``x``."""
-    scaled = block_scale(blocks, coefficients, y)
-    return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), x, scaled)
+    """The next direction, in the dtypes of the last one."""
+    kept = block_scale(blocks, turn, direction)
+    return jax.tree.map(lambda p, y: (p - y).astype(p.dtype), kept, preconditioned)
+
+
+def _moved(
+    blocks: Blocks, x: chex.ArrayTree, moved: jax.Array, length: jax.Array, y: chex.ArrayTree
+) -> chex.ArrayTree:
+    """Adds a multiple of ``y`` in the blocks that move, whatever it is in others."""
+    scaled = block_scale(blocks, length, y)
+    return block_choose(blocks, moved, jax.tree.map(jnp.add, x, scaled), x)
