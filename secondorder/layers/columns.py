@@ -19,6 +19,7 @@ from secondorder.layers.cases import CaseUse, MixedCasesError, divide_by_case
 from secondorder.layers.discovery import Discovery, discover_outputs
 from secondorder.layers.layer import describe_leaves
 from secondorder.layers.probes import evaluate, make_probe
+from secondorder.sharding import replicate, shard_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,8 @@ def record_columns(
     probes = {site.index: make_probe(site) for site in discovery.plan.sites()}
     with jax.named_scope("layer_columns"):
         outputs, pull_back, operands = jax.vjp(probed, probes, has_aux=True)
-        (cotangents,) = jax.vmap(pull_back)(make_columns(outputs).astype(outputs.dtype))
+        rows = make_columns(outputs).astype(outputs.dtype)
+        (cotangents,) = jax.vmap(lambda row: pull_back(shard_like(row, outputs)))(rows)
     columns = tuple(
         _use_columns(use, operands[site], cotangents[site], trace.cases)
         for use in trace.uses
@@ -181,4 +183,5 @@ def _use_columns(use: CaseUse, operand: jax.Array, cotangents: jax.Array, cases:
     rows = jax.vmap(arrange, out_axes=1)(cotangents)  # (N, M, stack, T, outputs)
     if form.kind == use_forms.DENSE:
         operand = use_forms.input_matrix(form, operand)
-    return UseColumns(use, operand, rows.reshape(*rows.shape[:2], -1))
+    # On an Explicit mesh inputs are on every device, as all cotangents of layers are.
+    return UseColumns(use, replicate(operand), rows.reshape(*rows.shape[:2], -1))

@@ -35,6 +35,8 @@ from secondorder.operators.output_factor import (
     output_factor,
 )
 from secondorder.products import HIGHEST
+from secondorder.sharding import replicate
+from secondorder.tree import zeros_vector
 from secondorder.tree.blocks import Blocks
 
 # All columns of a square root of the outputs' Hessian, or this many random combinations of them.
@@ -48,12 +50,14 @@ class GaussNewtonFactors:
     Attributes:
       uses: For every use of a weight its inputs and the columns passed back to its outputs.
       like: A pytree of `jax.ShapeDtypeStruct` like the vectors.
+      origin: The zero vector, sharded as the parameters.
       cases: Number of cases ``N``.
       columns: Number of columns ``M`` of each case.
     """
 
     uses: tuple[UseColumns, ...]
     like: chex.ArrayTree
+    origin: chex.ArrayTree
     cases: int
     columns: int
 
@@ -67,7 +71,7 @@ class GaussNewtonFactors:
         Returns:
           Array ``(L, N, M)``.
         """
-        leaves = jax.tree.leaves(vector)
+        leaves = [replicate(leaf) for leaf in jax.tree.leaves(vector)]
         dtype = jnp.result_type(*leaves, *(use.cotangents for use in self.uses))
         totals = [jnp.zeros((self.cases, self.columns), dtype)] * len(blocks)
         for use in self.uses:
@@ -86,8 +90,8 @@ class GaussNewtonFactors:
         Returns:
           A pytree like ``like``.
         """
-        template = jax.eval_shape(lambda v: self.rows(blocks, v), self.like)
-        transposed = jax.linear_transpose(lambda v: self.rows(blocks, v), self.like)
+        template = jax.eval_shape(lambda v: self.rows(blocks, v), self.origin)
+        transposed = jax.linear_transpose(lambda v: self.rows(blocks, v), self.origin)
         (vector,) = transposed(coefficients.astype(template.dtype))
         return vector
 
@@ -238,7 +242,8 @@ def factor_gauss_newton(
 
     _, uses = record_columns(trace, params, make_columns)
     count = trace.outputs if columns == "exact" else columns
-    return GaussNewtonFactors(uses, vectors_like(params), trace.cases, count)
+    origin = zeros_vector(params)
+    return GaussNewtonFactors(uses, vectors_like(params), origin, trace.cases, count)
 
 
 def _column_maker(

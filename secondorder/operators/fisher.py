@@ -27,6 +27,7 @@ from secondorder.operators.output_factor import (
     widen_outputs,
 )
 from secondorder.operators.pieces import mean_over_pieces, over_pieces
+from secondorder.sharding import shard_like
 from secondorder.tree import zeros_vector
 
 SplitObjective: TypeAlias = Objective[Any] | Microbatches[Any]
@@ -235,7 +236,8 @@ def empirical_fisher_diagonal(
 
 def _draw_row(factor: jax.Array, outputs: jax.Array, key: chex.PRNGKey, noise: Noise) -> jax.Array:
     """One sample of ``u = S ε`` for every case, array ``(N..., C)``."""
-    return apply_factor(factor, _NOISES[noise](key, outputs.shape, factor.dtype))
+    row = apply_factor(factor, _NOISES[noise](key, outputs.shape, factor.dtype))
+    return shard_like(row, outputs)
 
 
 def _case_gradients(

@@ -16,6 +16,7 @@ import numpy as np
 
 from secondorder.checks import check_choice
 from secondorder.operators.gauss_newton import output_hessian
+from secondorder.sharding import gather_axes
 
 OutputStructure: TypeAlias = Literal["dense", "diagonal"]
 
@@ -50,7 +51,8 @@ def output_factor(
     """
     check_choice("structure", structure, ("dense", "diagonal"))
     check_outputs(outputs)
-    wide = widen_outputs(outputs)
+    # The outputs of a case are decomposed together, on one device.
+    wide = gather_axes(widen_outputs(outputs), [outputs.ndim - 1])
     product = output_hessian(loss, wide)
     if structure == "diagonal":
         return jnp.sqrt(jnp.maximum(product(jnp.ones_like(wide)), 0))
