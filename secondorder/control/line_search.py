@@ -50,6 +50,7 @@ def backtrack(
     sufficient: ArrayLike = 1e-2,
     max_trials: int = 60,
     first_value: ArrayLike | None = None,
+    resolution: float | None = None,
 ) -> SearchResult:
     r"""Shrinks a rate until the value falls by a fraction of what the slope promises.
 
@@ -71,6 +72,7 @@ def backtrack(
       sufficient: ``c``, in (0, 1).
       max_trials: How many rates are tried at most, static.
       first_value: ``f(first)`` where it is known; it is not evaluated again, nor counted.
+      resolution: As in `reduction_ratio`.
 
     Returns:
       The rate, the value there, the number of evaluations, and whether any rate was accepted. Rate
@@ -94,7 +96,8 @@ def backtrack(
 
     def judge(result: SearchResult, rate: jax.Array, trial: ArrayLike) -> SearchResult:
         trial = jnp.asarray(trial, dtype)
-        taken = descends & (reduction_ratio(value, trial, -rate * slope) >= sufficient)
+        ratio = reduction_ratio(value, trial, -rate * slope, resolution)
+        taken = descends & (ratio >= sufficient)
         return result._replace(
             rate=jnp.where(taken, rate, 0), value=jnp.where(taken, trial, value), accepted=taken
         )

@@ -287,6 +287,7 @@ def block_hessian_free(
                 shrink=shrink,
                 sufficient=sufficient,
                 max_trials=max_trials,
+                resolution=point.resolution,
             )
         rate = optimal_rate(parabola.slope, damped, bound) if step == "optimal" else bound
         return _single_rate(point, jnp.asarray(rate, point.value.dtype), value_along, tries)
@@ -333,7 +334,7 @@ def block_hessian_free(
         predicted = parabola.change(search.rate)
         ratio = jnp.zeros_like(point.value)
         if tries:
-            ratio = judge(point.value, search, predicted)
+            ratio = judge(point, search, predicted)
         new = BlockHessianFreeState(
             count=optax.safe_increment(state.count),
             solution=solution.direction if starts else None,

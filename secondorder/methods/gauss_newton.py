@@ -207,11 +207,12 @@ def gauss_newton(
             shrink=shrink,
             sufficient=sufficient,
             max_trials=max_trials,
+            resolution=point.resolution,
         )
 
         # 4. What the damped model promised, what the objective did, and the next damping.
         predicted = solution.parabola.change(search.rate)
-        ratio = judge(point.value, search, predicted)
+        ratio = judge(point, search, predicted)
         new = GaussNewtonState(
             count=optax.safe_increment(state.count),
             damping=steer(damping_rule, state.damping, ratio),

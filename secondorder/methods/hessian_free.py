@@ -260,12 +260,13 @@ def hessian_free(
             shrink=shrink,
             sufficient=sufficient,
             max_trials=max_trials,
+            resolution=point.resolution,
             first_value=chosen.value if is_number(first) and first == 1 else None,
         )
 
         # 4. What the model promised, what the objective did, and the next damping.
         predicted = parabola.change(search.rate)
-        ratio = judge(point.value, search, predicted)
+        ratio = judge(point, search, predicted)
         new = HessianFreeState(
             count=optax.safe_increment(state.count),
             solution=result.solution,

@@ -330,7 +330,7 @@ def levenberg_marquardt(
 
         # 2. The objective there, and whether the step is taken.
         trial = _try(settings, objective, point, proposal)
-        ratio = reduction_ratio(point.value, trial.value, proposal.predicted)
+        ratio = reduction_ratio(point.value, trial.value, proposal.predicted, point.resolution)
         ratio = jnp.where(trial.usable, ratio, -jnp.inf)
         accepted = ratio > acceptance
         rises, remembered = _judge_uphill(settings, state.uphill, point, proposal, trial, accepted)

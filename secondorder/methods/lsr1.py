@@ -38,7 +38,6 @@ from secondorder.methods.lsr1_model import (
 )
 from secondorder.methods.lsr1_pairs import (
     can_be_stored,
-    coarsest_resolution,
     curvature_gradients,
     make_pair,
     times,
@@ -46,7 +45,13 @@ from secondorder.methods.lsr1_pairs import (
 )
 from secondorder.methods.lsr1_proposal import LastStep, Proposal, propose
 from secondorder.methods.lsr1_state import LSR1State, no_metrics, report
-from secondorder.methods.terminal import add_decay, choose_like, keep_unless, value_dtype
+from secondorder.methods.terminal import (
+    add_decay,
+    choose_like,
+    coarsest_resolution,
+    keep_unless,
+    value_dtype,
+)
 from secondorder.objective import (
     all_finite,
     check_has_arrays,

@@ -24,10 +24,9 @@ from secondorder.methods.lsr1_model import (
 )
 from secondorder.methods.lsr1_pairs import (
     can_be_stored,
-    coarsest_resolution,
     make_pair,
 )
-from secondorder.methods.terminal import add_decay, keep_unless
+from secondorder.methods.terminal import add_decay, coarsest_resolution, keep_unless
 from secondorder.objective import (
     all_finite,
     check_has_arrays,

@@ -13,23 +13,6 @@ from secondorder.objective import all_finite, check_value_fn, value_and_grad
 from secondorder.tree import PairMemory
 
 
-def coarsest_resolution(*values: Any) -> float:
-    """Relative spacing of numbers in the narrowest of some dtypes.
-
-    Args:
-      *values: Values of the objective as they were computed, before anything widens them.
-
-    Returns:
-      A plain number.
-    """
-    dtypes = [jnp.result_type(value) for value in values]
-    return max(
-        float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
-        for dtype in dtypes
-        if jnp.issubdtype(dtype, jnp.floating)
-    )
-
-
 def update_metric(
     moments: chex.ArrayTree | None,
     gradient: chex.ArrayTree,

@@ -320,7 +320,7 @@ def newton_cg(
 
         # 4. What the model promised, what the objective did, and the next damping.
         predicted = direction.parabola.change(rate)
-        ratio = reduction_ratio(point.value, search.value, -predicted)
+        ratio = reduction_ratio(point.value, search.value, -predicted, point.resolution)
         ratio = jnp.where(rate > 0, ratio, -jnp.inf)
         steered = steer(damping_rule, state.damping, ratio)
         new = NewtonCGState(

@@ -169,7 +169,7 @@ def search_along(
     def attempt(search: LineSearch) -> LineSearch:
         rate = search.next_rate
         found = evaluate(rate).astype(search.value.dtype)
-        ratio = reduction_ratio(point.value, found, -promise.change(rate))
+        ratio = reduction_ratio(point.value, found, -promise.change(rate), point.resolution)
         # What falls by rounding alone would be followed along negative curvature for long.
         taken = (ratio >= sufficient) & (~curves_down | (found < search.value))
         grows = curves_down & ((search.trials == 0) | (search.rate > 0))

@@ -33,12 +33,14 @@ class Point(NamedTuple):
       value: The objective there, with weight decay, float32 or wider.
       gradient: Its gradient, likewise; zero if the batch is not finite.
       usable: Whether value and gradient are finite.
+      resolution: Relative spacing of the numbers that the value was computed in; static.
     """
 
     params: chex.ArrayTree
     value: jax.Array
     gradient: chex.ArrayTree
     usable: jax.Array
+    resolution: float
 
 
 def look(
@@ -73,10 +75,28 @@ def look(
     elif value is None:
         value = value_and_aux(value_fn)(params)[0]
     assert value is not None
+    resolution = coarsest_resolution(value)
     value, gradient = add_decay(value, grad, params, weight_decay)
     usable = all_finite((value, gradient))
     gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
-    return Point(params, value, gradient, usable)
+    return Point(params, value, gradient, usable, resolution)
+
+
+def coarsest_resolution(*values: Any) -> float:
+    """Relative spacing of numbers in the narrowest of some dtypes.
+
+    Args:
+      *values: Values of the objective as they were computed, before anything widens them.
+
+    Returns:
+      A plain number.
+    """
+    dtypes = [jnp.result_type(value) for value in values]
+    return max(
+        float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+        for dtype in dtypes
+        if jnp.issubdtype(dtype, jnp.floating)
+    )
 
 
 def add_decay(
@@ -243,18 +263,18 @@ def choose_like(
     )
 
 
-def judge(value: jax.Array, search: SearchResult, predicted: jax.Array) -> jax.Array:
+def judge(point: Point, search: SearchResult, predicted: jax.Array) -> jax.Array:
     """The ratio of the actual to the predicted reduction of a search.
 
     Args:
-      value: The objective before it.
+      point: Where it started.
       search: Its result.
       predicted: The change that the model promised, negative for a reduction.
 
     Returns:
       A scalar; minus infinity if the step was rejected.
     """
-    ratio = reduction_ratio(value, search.value, -predicted)
+    ratio = reduction_ratio(point.value, search.value, -predicted, point.resolution)
     return jnp.where(search.accepted, ratio, -jnp.inf)
 
 
