@@ -7,6 +7,7 @@ over the positions ``t`` of the case.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,13 @@ from secondorder.sharding import replicate, shard_like
 
 @dataclasses.dataclass(frozen=True)
 class ModelTrace:
-    """A traced model whose outputs are one row per case.
+    """A traced model whose outputs have the cases on their first axis.
 
     Attributes:
       discovery: The trace.
       uses: All uses of weights, their positions divided by case.
       cases: Number of cases ``N``.
-      outputs: Number of outputs ``C`` of a case.
+      outputs: Number of outputs ``C`` of a case, over all its positions.
     """
 
     discovery: Discovery
@@ -50,8 +51,8 @@ def trace_model(model: Callable[[Any], Any], params: chex.ArrayTree) -> ModelTra
       The trace.
 
     Raises:
-      MixedCasesError: If the outputs are not one array ``(N, C)`` whose rows depend on one case
-        each, or if a parameter is used outside linear layers.
+      MixedCasesError: If the outputs are not one array ``(N, ..., C)`` with one case in each part
+        of its first axis, or if a parameter is used outside linear layers.
     """
     discovery = discover_outputs(model, params)
     for leaf, described in enumerate(describe_leaves(params)):
@@ -59,13 +60,13 @@ def trace_model(model: Callable[[Any], Any], params: chex.ArrayTree) -> ModelTra
             how = discovery.consumers[leaf][0]
             raise MixedCasesError(f"the parameter {described.path!r} goes into {how}")
     results = [tuple(aval.shape) for aval in discovery.jaxpr.out_avals]
-    if len(results) != 1 or len(results[0]) != 2:
+    if len(results) != 1 or len(results[0]) < 2:
         raise MixedCasesError(
-            f"the outputs are not one array (cases, outputs) but have shapes {results}"
+            f"the outputs are not one array (cases, ..., outputs) but have shapes {results}"
         )
-    cases, outputs = results[0]
+    cases, *rest = results[0]
     uses = divide_by_case(discovery, cases, len(jax.tree.leaves(params)))
-    return ModelTrace(discovery, uses, cases, outputs)
+    return ModelTrace(discovery, uses, cases, math.prod(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def record_columns(
     Args:
       trace: The traced model.
       params: The point; a pytree like the one it was traced with.
-      make_columns: From the outputs ``(N, C)`` to the cotangents ``(M, N, C)``.
+      make_columns: From the outputs ``(N, ..., C)`` to the cotangents ``(M, N, ..., C)``.
 
     Returns:
       The outputs, and for each use its inputs and cotangents.

@@ -5,8 +5,9 @@ its layers; ``N`` cases with ``M`` columns each, ``L`` blocks, ``K`` products wi
 
 * ``"linearized"``, `block_gauss_newton`: ``1 + K (L + 1)`` for layers of equal cost. In general a
   block pays ``2 f`` for each layer of its own and ``2 f`` for each layer behind its first one.
-* ``"factored"``, `factor_gauss_newton`: ``1 + M (1 - f_1 / F)`` once and ``2 + 2 M / width`` for
-  each product.
+* ``"factored"``, `factor_gauss_newton`: ``1 + M (1 - f_1 / F)`` once, with the eigenvectors of one
+  matrix ``(C, C)`` for each case, and ``2 + 2 M / width`` for each product. Outputs at ``T``
+  positions count as ``T C``.
 * ``"dual"``, `dual_solve`: the same factors, their Gram matrices, a Cholesky decomposition
   ``(N M)^3 / 3`` for each block, and three products; ``K`` does not matter.
 
@@ -30,6 +31,7 @@ from secondorder.tree.blocks import Blocks
 
 Engine: TypeAlias = Literal["linearized", "factored", "dual"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+_EIGENVECTORS = 9  # operations per cube of the size of a symmetric matrix
 
 
 class UseSize(NamedTuple):
@@ -74,12 +76,14 @@ class Workload(NamedTuple):
       blocks: Number of blocks ``L``.
       cases: Number of cases ``N``.
       columns: Number of columns ``M`` of a case.
+      outputs: Number of outputs ``C`` of a case, over all its positions.
     """
 
     uses: tuple[UseSize, ...]
     blocks: int
     cases: int
     columns: int
+    outputs: int
 
 
 class EngineCosts(NamedTuple):
@@ -130,7 +134,7 @@ def measure_workload(trace: ModelTrace, blocks: Blocks, columns: Columns = "exac
         _use_size(use, blocks, trace.cases, leaves.count(use.found.leaf) == 1) for use in ordered
     )
     count = trace.outputs if columns == "exact" else columns
-    return Workload(sizes, len(blocks), trace.cases, count)
+    return Workload(sizes, len(blocks), trace.cases, count, trace.outputs)
 
 
 def _use_size(use: CaseUse, blocks: Blocks, cases: int, alone: bool) -> UseSize:
@@ -162,7 +166,7 @@ def engine_costs(load: Workload, iterations: int) -> EngineCosts:
     total = max(sum(forward), 1)
     linearized = sum(_linearized_product(load, forward, b) for b in range(load.blocks)) / total
     recorded = sum(forward[1:]) + sum(forward[:1]) * any(use.recurs for use in load.uses[:1])
-    setup = 1 + load.columns * recorded / total
+    setup = 1 + (load.columns * recorded + _EIGENVECTORS * load.cases * load.outputs**3) / total
     inner = 4 * load.cases * load.columns * sum(use.units for use in load.uses)
     product = 2 + inner / total
     return EngineCosts(

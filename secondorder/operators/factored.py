@@ -35,7 +35,7 @@ from secondorder.operators.output_factor import (
     output_factor,
 )
 from secondorder.products import HIGHEST
-from secondorder.sharding import replicate
+from secondorder.sharding import gather_axes, replicate
 from secondorder.tree import zeros_vector
 from secondorder.tree.blocks import Blocks
 
@@ -150,7 +150,7 @@ def why_not_factored(objective: Any, params: chex.ArrayTree) -> str | None:
 
     Returns:
       None if `factor_gauss_newton` is applicable; otherwise the reason: the outputs are not one
-      row per case, cases are mixed, or a parameter is used outside linear layers.
+      array with an axis of cases, cases are mixed, or a parameter is used outside linear layers.
 
     Example:
       >>> import secondorder as so
@@ -198,7 +198,9 @@ def factor_gauss_newton(
 
     Args:
       objective: The split objective. The outputs of its model are one array ``(N, C)``, a row for
-        each case; the loss is a sum or mean over cases, convex in the outputs.
+        each case, or ``(N, T..., C)`` with positions; the loss is a sum or mean over cases, convex
+        in the outputs. Where ``C`` is said here or of columns, ``T C`` is meant then: a model may
+        mix positions, as attention does, so that each of them needs columns of its own.
       params: The point, a pytree of arrays, each of them a weight or bias of linear layers.
       columns: ``"exact"``: all ``C`` columns of the square root ``S``. An integer ``M >= 1``:
         that many random combinations :math:`S_n \epsilon / \sqrt M` with random signs
@@ -237,8 +239,12 @@ def factor_gauss_newton(
     draw = _column_maker(columns, key)
 
     def make_columns(outputs: jax.Array) -> jax.Array:
-        root = output_factor(objective.loss, outputs, structure)
-        return jax.vmap(lambda vector: apply_factor(root, vector))(draw(outputs.shape, root.dtype))
+        shape = outputs.shape
+        # All positions of a case are one row, as a loss may couple them, and so may the model.
+        rows = jnp.reshape(gather_axes(outputs, range(1, outputs.ndim)), (shape[0], -1))
+        root = output_factor(lambda z: objective.loss(jnp.reshape(z, shape)), rows, structure)
+        made = jax.vmap(lambda vector: apply_factor(root, vector))(draw(rows.shape, root.dtype))
+        return jnp.reshape(made, (-1, *shape))
 
     _, uses = record_columns(trace, params, make_columns)
     count = trace.outputs if columns == "exact" else columns

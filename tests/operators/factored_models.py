@@ -157,6 +157,21 @@ def attention():
     return model, params
 
 
+@register
+def tokens():
+    """Outputs of every position, which attention mixes, and a layer for each position."""
+    x = normal(2, 3, 4)
+    params = {"out": {"w": normal(4, 3), "b": normal(3)}}
+    params |= {name: normal(4, 2, 2, seed=seed) for seed, name in enumerate("qkv")}
+
+    def model(p):
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k), axis=-1)
+        return _dense(jnp.einsum("bhts,bshk->bthk", weights, v).reshape(2, 3, 4), p["out"])
+
+    return model, params
+
+
 def loss(z: jax.Array) -> jax.Array:
     """A cross entropy against fixed distributions."""
     targets = jax.nn.softmax(normal(*z.shape, seed=1).astype(z.dtype))

@@ -156,7 +156,9 @@ def mixing_scan(p, x):
 
 REFUSED = {
     "scaled": (lambda p, x: x * p[0], "goes into"),
-    "tokens": (lambda p, x: jnp.stack([x @ p, x @ p], axis=1), "not one array"),
+    "one_number": (lambda p, x: jnp.sum(x @ p, axis=1), "not one array"),
+    "two_arrays": (lambda p, x: (x @ p, x @ p), "not one array"),
+    "time_first": (lambda p, x: jnp.tanh(jnp.stack([x, x]) @ p)[::-1], "`rev` acts along"),
     "batch_norm": (batch_norm, "depends on several cases"),
     "carry_over": (mixing_scan, "a `scan` goes over the cases"),
     "cumulative": (lambda p, x: jnp.cumsum(jnp.tanh(x @ p), axis=0), "`cumsum` acts along"),
