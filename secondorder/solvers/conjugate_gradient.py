@@ -116,9 +116,7 @@ class _State(NamedTuple):
       model: ``φ`` (L,).
       iterations: Steps taken (L,).
       active: Blocks that go on (L,).
-      negative_curvature: As in `CGResult`.
-      finite: As in `CGResult`.
-      converged: As in `CGResult`.
+      negative_curvature, finite, converged: As in `CGResult`.
       ring: Recent values of the model (R, L), or None.
       stored: Iterates, a stack of S, with their models (S, L), or None.
     """
@@ -174,8 +172,8 @@ def conjugate_gradient(
     * where, in the norm of :math:`M^{-1}`, the residual is smaller than the rounding of ``b``: the
       recursion goes on to zero, but :math:`A x - b` does not follow it;
     * where :math:`p^\top A p \le 0`, before the step;
-    * where a number is not finite: before the step, if it is one of the product; after it, if it is
-      one of the preconditioner's. Numbers of the residual that overflow are set to zero.
+    * where a number is not finite: before the step, if it is one of the product; after it, if one
+      of the preconditioner's. Numbers of the results that overflow are set to zero.
 
     A start :math:`x_0` is shortened in each block to :math:`t x_0`, with :math:`t` the minimizer of
     :math:`\phi(t x_0)` in [0, 1]: one from another batch cannot be worse than none.
@@ -216,10 +214,9 @@ def conjugate_gradient(
       [True]
 
     Source: Martens (2010), Deep learning via Hessian-free optimization, section 4; Hestenes,
-    Stiefel (1952), Methods of conjugate gradients. The model by numbers alone: Strakoš, Tichý
-    (2002), On error estimation in the conjugate gradient method and why it works in finite
-    precision computations. Blocks in parallel: Zhang, Xiong, Bradbury, Socher (2017),
-    Block-diagonal Hessian-free optimization.
+    Stiefel (1952), Methods of conjugate gradients; its model: Strakoš, Tichý (2002), On error
+    estimation in the conjugate gradient method. Blocks in parallel: Zhang, Xiong, Bradbury, Socher
+    (2017), Block-diagonal Hessian-free optimization.
     """
     check_static_count("max_iterations", max_iterations)
     squares = block_inner(blocks, b, b)
@@ -315,8 +312,9 @@ def _init_state(
 def _iterate(system: _System, state: _State) -> _State:
     """One iteration of every active block; others stay where they are."""
     blocks, trips = system.blocks, state.trips + 1
-    ahead = _turned(blocks, _preconditioned(system, state), state.turn, state.direction)
-    direction = block_choose(blocks, state.active, ahead, state.direction)
+    known = state.preconditioned
+    opposite = system.precondition(state.residual) if known is None else known
+    direction = _turned(blocks, opposite, state.active, state.turn, state.direction)
     image = system.product(direction)
     # Not finite if one element of the product is not, even if that of the direction is zero.
     curvature = block_inner(blocks, direction, image)
@@ -478,19 +476,13 @@ def _store(
     return write(stored, storage_row(jnp.max(iterations), max_iterations), iterate)
 
 
-def _preconditioned(system: _System, state: _State) -> chex.ArrayTree:
-    """``y`` of the present residual, computed once if it may be costly."""
-    if state.preconditioned is None:
-        return system.precondition(state.residual)
-    return state.preconditioned
-
-
 def _turned(
-    blocks: Blocks, preconditioned: chex.ArrayTree, turn: jax.Array, direction: chex.ArrayTree
+    blocks: Blocks, y: chex.ArrayTree, active: jax.Array, turn: jax.Array, p: chex.ArrayTree
 ) -> chex.ArrayTree:
-    """The next direction, in the dtypes of the last one."""
-    kept = block_scale(blocks, turn, direction)
-    return jax.tree.map(lambda p, y: (p - y).astype(p.dtype), kept, preconditioned)
+    """The next direction in active blocks, the last one in others."""
+    return block_choose(
+        blocks, active, jax.tree.map(jnp.subtract, block_scale(blocks, turn, p), y), p
+    )
 
 
 def _moved(
