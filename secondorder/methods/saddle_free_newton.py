@@ -253,7 +253,7 @@ def saddle_free_newton(
 
         # 4. What the model promised, and the next damping.
         predicted = jnp.sum(chosen * (spectrum.slopes + spectrum.values * chosen / 2))
-        ratio = reduction_ratio(point.value, values[best], -predicted)
+        ratio = reduction_ratio(point.value, values[best], -predicted, point.resolution)
         ratio = jnp.where(accepted, ratio, -jnp.inf)
         steered = steer(damping_rule, state.damping, ratio)
         new = SaddleFreeNewtonState(
