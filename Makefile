@@ -19,7 +19,7 @@ NOTEBOOKS := $(VENV)/.installed-notebooks
 LOWEST := $(VENV_LOWEST)/.installed
 NEWEST := $(VENV_NEWEST)/.installed
 
-PYTEST := -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
+PYTEST := -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
 NBCONVERT := $(VENV)/bin/python -m jupyter nbconvert --to notebook --execute \
 	--ExecutePreprocessor.record_timing=False
 

@@ -12,6 +12,18 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests that share what they compiled in one process, with ``--dist loadgroup``.
+
+    Those of a file do; in the protocol, which is one file for all methods, those of a method.
+    """
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        method = params.get("reference", params.get("entry", ""))
+        group = f"{item.path.name}:{getattr(method, 'name', method)}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Turns on 64-bit types for one test."""
