@@ -215,7 +215,7 @@ def test_saddles_from_which_the_method_diverges(tmp_path, capsys):
     ("option", "message"),
     [
         (["--problems", "sphere"], "no problem sphere; there are: "),
-        (["--methods", "newton"], "no method 'newton'; there are: lsr1, lbfgs, adam, sgd"),
+        (["--methods", "newton"], "no method 'newton'; there are: lsr1, lrsfn, sfn, lbfgs, adam"),
         (["--methods", "lbfgs:x=1"], "lbfgs has no setting x"),
         (["--max-gradients", "0"], "must be positive"),
     ],

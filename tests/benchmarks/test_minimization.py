@@ -79,7 +79,20 @@ def trial_descent(full_batch: bool = False, initial_rate: float = 1e-2):
 
 
 @pytest.mark.parametrize("start", [[-1.2, 1.0], [-1.2, 1.0, -1.2, 1.0]])
-@pytest.mark.parametrize("name", SOLVERS)
+BY_PRODUCTS = ("lrsfn", "sfn")
+
+
+@pytest.mark.parametrize("name", BY_PRODUCTS)
+def test_products_count_as_gradients(name):
+    settings = {"rank": 2, "refresh_every": 1} if name == "lrsfn" else {"subspace_size": 2}
+    instance = Instance(lambda x, _: rosenbrock(x), jnp.array([-1.2, 1.0]))
+    points = iterates(instance, SOLVERS[name], {**SOLVERS[name].candidates[0], **settings})
+    *_, last = itertools.islice(points, 6)
+    # Two products, each two gradients, in each of five updates; and a gradient at each point.
+    assert last.gradients >= 6 + 5 * 4
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in BY_PRODUCTS])
 def test_counts_are_what_happens(name, start, monkeypatch):
     if not SOLVERS[name].is_available():
         monkeypatch.setattr(so, name, trial_descent, raising=False)
@@ -153,7 +166,7 @@ class TestSolvers:
         assert len(SOLVERS["adam"].trials({"b1": 0.5})) == 4
 
     def test_mistakes(self):
-        with pytest.raises(SettingError, match="no method 'newton'; there are: lsr1, lbfgs"):
+        with pytest.raises(SettingError, match="no method 'newton'; there are: lsr1, lrsfn, sfn, lbfgs"):
             Variant.parse("newton")
         with pytest.raises(SettingError, match=r"lbfgs has no setting x\. It has: max_lines"):
             SOLVERS["lbfgs"].build({"x": 1})
