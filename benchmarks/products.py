@@ -28,7 +28,7 @@ from secondorder.tree import label_blocks, one_block, random_stack
 
 _FEW, _MANY = 1, 9
 _STEP_PRODUCTS = 20
-_COLUMNS_AT_ONCE = 20  # products with the Hessian in one batch
+_COLUMNS_AT_ONCE, _CHUNK = 20, 4  # products with the Hessian of vectors of one stack
 _COLUMNS = {
     "flops_over_gradient": "flops\n/gradient",
     "flops_over_forward": "flops\n/forward",
@@ -218,7 +218,7 @@ def _batched_loop(objective: Objective[Any], count: int) -> Callable[[Params], A
     """Several products with all vectors of a stack, one after the other."""
 
     def program(params: Params) -> Any:
-        product = operators.hessian_on_stacks(objective, params)
+        product = operators.hessian_on_stacks(objective, params, chunk_size=_CHUNK)
         stack = random_stack(jax.random.key(0), params, _COLUMNS_AT_ONCE)
         return jax.lax.fori_loop(0, count, lambda _, vectors: product(vectors).vectors, stack)
 
@@ -228,7 +228,7 @@ def _batched_loop(objective: Objective[Any], count: int) -> Callable[[Params], A
 def _low_rank_step(objective: Objective[Any], params: Params) -> Any:
     """A step of low-rank saddle-free Newton with a warm start."""
     optimizer = so.low_rank_saddle_free_newton(
-        1e-3, _COLUMNS_AT_ONCE, refresh_every=1, initial_passes=1
+        1e-3, _COLUMNS_AT_ONCE, refresh_every=1, initial_passes=1, chunk_size=_CHUNK
     )
 
     def program(params: Params, state: Any) -> Any:

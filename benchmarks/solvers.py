@@ -134,12 +134,12 @@ _ALL = (
         defaults={
             "learning_rate": 1.0,
             "damping": 1e-3,
-            "damping_share": 0.0,
             "escape_length": 1.0,
             "max_norm": 2.0,
         },
         candidates=tuple(
-            {"rank": rank, "refresh_every": period} for rank in (2, 8) for period in (1, 4)
+            {"rank": rank, "refresh_every": period, "damping_share": share}
+            for rank, period, share in ((2, 1, 0.0), (2, 4, 0.0), (2, 4, 1.0), (2, 8, 1.0))
         ),
         extra_gradients=product_gradients,
     ),

@@ -115,7 +115,7 @@ def scale_by_low_rank_saddle_free_newton(
     tolerance: chex.Numeric = 0.1,
     block_size: int = 10,
     mode: HessianMode = "forward_over_reverse",
-    chunk_size: int | None = None,
+    chunk_size: int | None = 4,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by the magnitudes of the Hessian's largest eigenvalues.
@@ -168,7 +168,8 @@ def scale_by_low_rank_saddle_free_newton(
       tolerance: What may be left of a product with a random vector, in (0, 1); adaptive only.
       block_size: Vectors in a block; adaptive only. Static.
       mode: How the Hessian is multiplied with; see `operators.hessian`. Static.
-      chunk_size: How many vectors are multiplied at a time, or None for all. Static.
+      chunk_size: How many vectors are multiplied at a time, or None for all, which takes the memory
+        of that many gradients. Best a divisor of their number. Static.
       seed: Of the random vectors.
 
     Returns:
