@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, default=512, metavar="D", help="of their layers")
     parser.add_argument("--repeats", type=int, default=7, metavar="R", help="timings of each")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="time by the processor's clock, which other work on the machine does not change",
+    )
     add_json(parser)
 
 
@@ -69,12 +74,13 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     subjects = [_of_problem(args)]
     subjects += [_classifier(int(depth), args.width) for depth in args.depths.split(",") if depth]
+    clock = time.process_time if args.processor_time else time.perf_counter
     records = []
     with open_writer(args.json) as write, progress_bar() as progress:
         task = progress.add_task("measure", total=len(subjects), status="")
         for subject in subjects:
             progress.update(task, status=subject.name)
-            for record in _measure(subject, args.repeats):
+            for record in _measure(subject, args.repeats, clock):
                 write(record)
                 records.append(record)
             progress.advance(task)
@@ -144,7 +150,7 @@ def _factored_full(objective: Objective[Any], params: Params) -> LinearOperator:
     return operators.factor_gauss_newton(objective, params).operator(one_block(params))
 
 
-def _measure(subject: Subject, repeats: int) -> list[Record]:
+def _measure(subject: Subject, repeats: int, clock: Callable[[], float]) -> list[Record]:
     """Measures all operators of a model, and a step of Hessian-free optimization."""
     objective, params = subject.objective, subject.params
     forward = _compile(lambda p: objective(p), params)
@@ -159,7 +165,7 @@ def _measure(subject: Subject, repeats: int) -> list[Record]:
     for name, make in subject.operators.items():
         for count in (_FEW, _MANY):
             programs[f"{name}/{count}"] = _compile(_loop(objective, make, count), params)
-    seconds = _time_all(programs, params, repeats)
+    seconds = _time_all(programs, params, repeats, clock)
     costs = {name: _product_flops(objective, make, params) for name, make in
              subject.operators.items()}  # fmt: skip
     unit, pass_ = _flops(gradient), _flops(forward)
@@ -299,7 +305,7 @@ def _flops(program: Any) -> float:
 
 
 def _time_all(
-    programs: dict[str, Any], params: Params, repeats: int
+    programs: dict[str, Any], params: Params, repeats: int, clock: Callable[[], float]
 ) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     """Seconds of each program, timed in turns."""
     names: Sequence[str] = list(programs)
@@ -307,8 +313,8 @@ def _time_all(
     for turn in range(repeats + 1):
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(programs[name](params))
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     # The first turn also loads code and fills caches.
     return {name: np.array(values[1:]) for name, values in seconds.items()}

@@ -147,7 +147,6 @@ _ALL = (
         name="sfn",
         description="saddle-free Newton in a Krylov space, products counted as gradients",
         factory=lambda: of_package("saddle_free_newton"),
-        defaults={"dampings": (1e-1, 1e-4)},
         candidates=tuple({"subspace_size": size} for size in (1, 2, 4, 8)),
         extra_gradients=product_gradients,
     ),
