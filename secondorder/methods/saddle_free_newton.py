@@ -148,7 +148,7 @@ def saddle_free_newton(
 
     Where all steps are too long, the next ones are the same without a ``damping_rule``: then the
     largest damping should be of the size of the curvature. The paper's settings are
-    ``subspace_size=500`` with the default dampings. Marquardt's rule in place of several trials is::
+    ``subspace_size=500`` with the default dampings. Marquardt's rule in place of several trials::
 
         so.saddle_free_newton(dampings=(1.0,), damping_rule=so.DampingRule())
 
