@@ -334,12 +334,15 @@ _ALL = (
         is_second_order=True,
         work=lsr1_work,
     ),
-    _package_method("hessian_free", "hf", "Hessian-free optimization (Martens 2010)"),
+    _package_method(
+        "hessian_free", "hf", "Hessian-free optimization (Martens 2010)", is_second_order=True
+    ),
     _package_method(
         "block_hessian_free",
         "bhf",
         "block-diagonal Hessian-free (Zhang et al. 2017); blocks=layers|halves|modules|leaves",
         work=block_hessian_free_work,
+        is_second_order=True,
     ),
     _package_method(
         "stochastic_hessian_free",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -107,6 +108,7 @@ def save_panels(path: Path, title: str, panels: Mapping[str, Sequence[Line]]) ->
             axes.plot(line.positions, line.losses, **_style(number, line.label, is_dashed=False))
         _decorate(axes, "", x_label)
         axes.set_xscale("log")
+        _label_decades(axes.xaxis)
     rows[0, 0].legend(frameon=False)
     _save(figure, path)
 
@@ -132,11 +134,15 @@ def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
     }
 
 
+def _label_decades(axis: Axis) -> None:
+    """Labels more than powers of ten, as plain numbers: what is drawn often spans little more."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _decorate(axes: Axes, title: str, x_label: str) -> None:
     axes.set(title=title, xlabel=x_label, ylabel="training loss", yscale="log")
-    # Losses often span less than a decade: label more than powers of ten, as plain numbers.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _label_decades(axes.yaxis)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
