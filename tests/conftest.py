@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 
-# The number of devices is fixed when JAX starts, for all tests.
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# Fixed when JAX starts, for all tests: the number of devices; and how much the backend optimizes,
+# as tests compile much and compute little.
+_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+_given = os.environ.get("XLA_FLAGS", "")
+_missing = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_missing]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -114,7 +114,8 @@ def test_eigenbasis_is_orthonormal_and_has_the_eigenvalues(x64):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("condition", "tolerance"), [(30.0, 2e-4), (300.0, 2e-2), (1e3, 1.0)])
+# The tolerances hold with and without fused multiply-add, which halves the rounding.
+@pytest.mark.parametrize(("condition", "tolerance"), [(30.0, 4e-4), (300.0, 4e-2), (1e3, 1.0)])
 def test_float32_with_nearly_dependent_pairs(condition, tolerance):
     """The Gram matrix squares the condition; what it cannot resolve must do no harm."""
     rng = np.random.default_rng(3)
