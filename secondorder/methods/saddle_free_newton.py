@@ -147,8 +147,10 @@ def saddle_free_newton(
     Where it vanishes the space is that of a random vector.
 
     Where all steps are too long, the next ones are the same without a ``damping_rule``: then the
-    largest damping should be of the size of the curvature. The paper's settings are
-    ``subspace_size=500`` with the default dampings. Marquardt's rule in place of several trials::
+    largest damping should be of the size of the curvature.
+
+    The paper's settings are ``subspace_size=500`` with the default dampings. Marquardt's rule in
+    place of several trials is::
 
         so.saddle_free_newton(dampings=(1.0,), damping_rule=so.DampingRule())
 
