@@ -29,7 +29,8 @@ def test_zero_metrics_have_the_dtypes_of_their_kind():
 @pytest.mark.parametrize(("accepted", "expected"), [(True, 0.5), (False, -np.inf)])
 def test_a_rejected_search_has_the_worst_ratio(accepted, expected):
     search = SearchResult(jnp.float32(1), jnp.float32(2), jnp.int32(1), jnp.array(accepted))
-    ratio = terminal.judge(jnp.float32(3), search, jnp.float32(-2))
+    point = terminal.look("m", jnp.sum, jnp.float32(3), jnp.float32(3), jnp.float32(1), 0.0)
+    ratio = terminal.judge(point, search, jnp.float32(-2))
     np.testing.assert_allclose(ratio, expected, rtol=1e-5)  # up to the noise of the values
 
 
