@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Drops the compiled programs of a file after its tests.
+
+    Each of them holds memory maps, of which a process has a limited number (65530 on Linux); a
+    process that ran thousands of tests was aborted in the compiler.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Turns on 64-bit types for one test."""
