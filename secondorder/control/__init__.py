@@ -8,6 +8,7 @@ from secondorder.control.line_search import (
     best_stored,
     optimal_rate,
 )
+from secondorder.control.plane import minimize_on_plane
 from secondorder.control.radius import RadiusRule, follow_slope, next_radius, reduction_ratio
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "backtrack",
     "best_stored",
     "follow_slope",
+    "minimize_on_plane",
     "next_damping",
     "next_radius",
     "nielsen_damping",

@@ -8,6 +8,7 @@ it was.
 * `bfgs`: the inverse as a dense matrix.
 * `lbfgs`: the inverse as its last ``p`` pairs.
 * `moments`: second moments of inputs, running averages, damped inverses.
+* `eigen`: eigenvectors, and inverses in stacks of nearly equal sizes.
 * `damping`: the shares of the two factors of a layer in its damping.
 """
 
@@ -18,6 +19,7 @@ from secondorder.factors.bfgs import (
     inverse_bfgs_update,
 )
 from secondorder.factors.damping import DampingSplit, split_damping
+from secondorder.factors.eigen import rotate, stacked_eigenvectors, stacked_inverses
 from secondorder.factors.lbfgs import (
     Bookkeeping,
     Forget,
@@ -72,6 +74,9 @@ __all__ = [
     "normalize_pair",
     "powell_damping",
     "push_pair",
+    "rotate",
     "split_damping",
+    "stacked_eigenvectors",
+    "stacked_inverses",
     "write_pair",
 ]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from secondorder.layers import jaxprs
@@ -419,3 +420,36 @@ def _outer(found: FoundUse, place: CaseAxis | str, shape: Sequence[int]) -> int:
         raise MixedCasesError("a layer has a weight of its own for each case")
     before = axes.positions[: axes.positions.index(axis)]
     return math.prod(shape[other] for other in before) * place.outer
+
+
+def keeps_classes_apart(loss: Any, outputs: Any) -> bool:
+    """Whether each derivative of a loss depends on outputs at the same place of the last axis.
+
+    The Hessian of the loss within a case is diagonal then, as that of a squared error, or of a
+    cross entropy for each pixel. It is read off the jaxpr of the gradient: where that holds an
+    equation that is not known, the answer is no.
+
+    Args:
+      loss: Maps the outputs to a scalar.
+      outputs: One array ``(..., C)``, or its abstract form.
+
+    Returns:
+      A plain boolean.
+
+    Example:
+      >>> import jax
+      >>> z = jnp.ones((4, 3))
+      >>> keeps_classes_apart(lambda z: jnp.mean(z**2), z)
+      True
+      >>> keeps_classes_apart(lambda z: -jnp.mean(jax.nn.log_softmax(z)[:, 0]), z)
+      False
+    """
+    if outputs.shape[-1] == 1:
+        return True
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(outputs).jaxpr
+    reader = _CaseReader(outputs.shape[-1])
+    try:
+        reader.read(jaxpr, None, [CaseAxis(len(outputs.shape) - 1)], [True])
+    except MixedCasesError:
+        return False
+    return True

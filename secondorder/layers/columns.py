@@ -19,7 +19,7 @@ from secondorder.layers import uses as use_forms
 from secondorder.layers.cases import CaseUse, MixedCasesError, divide_by_case
 from secondorder.layers.discovery import Discovery, discover_outputs
 from secondorder.layers.layer import describe_leaves
-from secondorder.layers.probes import evaluate, make_probe
+from secondorder.layers.probes import record_model
 from secondorder.sharding import replicate, shard_like
 
 
@@ -154,20 +154,13 @@ def record_columns(
     Returns:
       The outputs, and for each use its inputs and cotangents.
     """
-    discovery = trace.discovery
-    jaxpr, consts = discovery.jaxpr.jaxpr, discovery.jaxpr.consts
-
-    def probed(probes: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
-        results, recorded = evaluate(jaxpr, consts, jax.tree.leaves(params), discovery.plan, probes)
-        return results[0], {index: operand for index, (operand, _) in recorded.items()}
-
-    probes = {site.index: make_probe(site) for site in discovery.plan.sites()}
+    at = record_model(trace.discovery, params)
+    (outputs,) = at.outputs
     with jax.named_scope("layer_columns"):
-        outputs, pull_back, operands = jax.vjp(probed, probes, has_aux=True)
         rows = make_columns(outputs).astype(outputs.dtype)
-        (cotangents,) = jax.vmap(lambda row: pull_back(shard_like(row, outputs)))(rows)
+        cotangents, _ = jax.vmap(lambda row: at.pull_back([shard_like(row, outputs)]))(rows)
     columns = tuple(
-        _use_columns(use, operands[site], cotangents[site], trace.cases)
+        _use_columns(use, at.operands[site], cotangents[site], trace.cases)
         for use in trace.uses
         for site in [use.found.use.site]
     )

@@ -315,7 +315,24 @@ def trace_layers(
       ValueError: If the parameters or the layers in the objective are not the given ones.
     """
     check_leaves(layers, params)
-    discovery = discover(value_fn, params)
+    return match_layers(layers, discover(value_fn, params))
+
+
+def match_layers(
+    layers: Layers, discovery: Discovery
+) -> tuple[Discovery, tuple[TracedLayer, ...], int]:
+    """Finds the given layers again in a trace of an objective, or of its model.
+
+    Args:
+      layers: The layers an optimizer was built with.
+      discovery: The trace.
+
+    Returns:
+      The trace, its layers in the order of ``layers``, and the batch size.
+
+    Raises:
+      ValueError: If the layers in the trace are not the given ones.
+    """
     traced = {t.layer.weight: t for t in group_uses(discovery)}
     for layer in layers.layers:
         match = traced.get(layer.weight)

@@ -5,7 +5,7 @@ that output. Inside one `jit` XLA merges this evaluation with the caller's own g
 interface ``value_fn(params)`` costs nothing over a model that hands its activations out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -164,3 +164,46 @@ def record(discovery: Discovery, params: Any, *args: Any) -> Tape:
     operands = {index: operand for index, (operand, _) in recorded.items()}
     outputs = {index: output for index, (_, output) in recorded.items()}
     return Tape(value, operands, outputs, cotangents)
+
+
+class ModelPass(NamedTuple):
+    """One probed pass through a model whose outputs may be given cotangents of any kind.
+
+    Attributes:
+      outputs: The outputs, a list of arrays.
+      operands: For every site its operand.
+      pull_back: From cotangents of the outputs, in a list, to those of the results of all sites,
+        and to the gradients of the chosen parameters, both by index.
+    """
+
+    outputs: list[jax.Array]
+    operands: dict[int, jax.Array]
+    pull_back: Callable[[list[jax.Array]], tuple[dict[int, jax.Array], dict[int, jax.Array]]]
+
+
+def record_model(discovery: Discovery, params: Any, leaves: Sequence[int] = ()) -> ModelPass:
+    """Evaluates a traced model, ready to pass cotangents of its outputs back to every layer.
+
+    Args:
+      discovery: The traced model.
+      params: The point; a pytree like the one it was traced with.
+      leaves: Indices of parameters whose gradients are asked for too.
+
+    Returns:
+      The pass.
+    """
+    jaxpr, consts = discovery.jaxpr.jaxpr, discovery.jaxpr.consts
+    arguments = dict(enumerate(jax.tree.leaves(params)))
+
+    def probed(
+        probes: dict[int, jax.Array], moving: dict[int, jax.Array]
+    ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+        given = list({**arguments, **moving}.values())
+        outputs, recorded = evaluate(jaxpr, consts, given, discovery.plan, probes)
+        return outputs, {index: operand for index, (operand, _) in recorded.items()}
+
+    probes = {site.index: make_probe(site) for site in discovery.plan.sites()}
+    moving = {leaf: arguments[leaf] for leaf in leaves}
+    with jax.named_scope("layer_probes"):
+        outputs, pull_back, operands = jax.vjp(probed, probes, moving, has_aux=True)
+    return ModelPass(outputs, operands, pull_back)

@@ -13,7 +13,7 @@ given, mean or sum, and a dense layer is a convolution with one position. The fa
 mean objective is already inside the cotangents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -44,12 +44,23 @@ def dense_rows(traced: TracedLayer, tape: Tape) -> Rows:
     """
     if traced.layer.kind != use_forms.DENSE:
         return ()
-    return [_homogeneous_inputs(traced, use, tape) for use in traced.uses]
+    return [homogeneous_inputs(traced, use, tape.operands) for use in traced.uses]
 
 
-def _homogeneous_inputs(traced: TracedLayer, use: use_forms.Use, tape: Tape) -> jax.Array:
-    """The inputs of one use as rows, with a one at the end if there is a bias."""
-    inputs = use_forms.input_matrix(use, tape.operands[use.site])
+def homogeneous_inputs(
+    traced: TracedLayer, use: use_forms.Use, operands: Mapping[int, jax.Array]
+) -> jax.Array:
+    """The inputs of one use as rows, with a one at the end if there is a bias.
+
+    Args:
+      traced: The layer and its uses.
+      use: One of its uses.
+      operands: For every site its operand.
+
+    Returns:
+      ``(stack, positions, inputs)``.
+    """
+    inputs = use_forms.input_matrix(use, operands[use.site])
     if traced.layer.bias is None:
         return inputs
     return jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
@@ -145,12 +156,23 @@ def input_gram(traced: TracedLayer, tape: Tape, inputs: Rows | None = None) -> j
     Returns:
       ``(stack, inputs, inputs)``.
     """
-    rows = inputs or [_homogeneous_inputs(traced, use, tape) for use in traced.uses]
-    return _total([_gram(array) for array in rows])
+    rows = inputs or [homogeneous_inputs(traced, use, tape.operands) for use in traced.uses]
+    return _total([row_gram(array) for array in rows])
 
 
-def _gram(rows: jax.Array) -> jax.Array:
-    """Sum of the outer products of the rows of ``(stack, positions, inputs)``."""
+def row_gram(rows: jax.Array) -> jax.Array:
+    """The sum of the outer products of rows.
+
+    Args:
+      rows: ``(stack, positions, inputs)``; on an Explicit mesh positions may be sharded.
+
+    Returns:
+      ``(stack, inputs, inputs)``.
+
+    Example:
+      >>> row_gram(jnp.array([[[1.0, 2.0], [1.0, 0.0]]])).tolist()
+      [[[2.0, 2.0], [2.0, 4.0]]]
+    """
 
     def combine(coefficients: jax.Array) -> jax.Array:
         return jnp.matmul(rows, coefficients, precision=_HIGHEST)

@@ -268,6 +268,20 @@ def patches(use: Use, operand: jax.Array) -> jax.Array:
     return merge_axes(jnp.moveaxis(extracted, 2, 1), (use.stack, use.positions, use.inputs), 1)
 
 
+def lookup_indices(use: Use, operand: jax.Array) -> jax.Array:
+    """Which rows an embedding looks up, on every device of an Explicit mesh.
+
+    Args:
+      use: A use of kind ``"embedding"``.
+      operand: The recorded operand.
+
+    Returns:
+      Integers ``(stack, positions)``.
+    """
+    indices = _arrange(replicate(operand), use.input_axes, use.input_window)
+    return jnp.reshape(indices, (use.stack, use.positions))
+
+
 def input_matrix(use: Use, operand: jax.Array) -> jax.Array:
     """The input vectors ``a`` of a use, one row per position.
 

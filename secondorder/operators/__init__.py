@@ -2,7 +2,7 @@
 
 * `linear_operator`: the operator; sums, damping, masks, dense and lineax forms.
 * `pieces`: operators of an objective as a whole, or of `Microbatches`.
-* `gauss_newton`: the generalized Gauss-Newton matrix.
+* `gauss_newton`: the generalized Gauss-Newton matrix, and its values on a few vectors.
 * `hessian`: the Hessian of any objective.
 * `output_factor`: square roots of the Hessian of the loss, case by case.
 * `fisher`: sampled and empirical Fisher matrices; estimates of diagonals.
@@ -42,10 +42,12 @@ from secondorder.operators.fisher import (
     empirical_fisher_diagonal,
     fisher,
     gauss_newton_diagonal,
+    sample_row,
 )
 from secondorder.operators.gauss_newton import (
     Linearization,
     gauss_newton,
+    gauss_newton_forms,
     linearize_model,
     output_hessian,
 )
@@ -86,6 +88,7 @@ __all__ = [
     "fisher",
     "gauss_newton",
     "gauss_newton_diagonal",
+    "gauss_newton_forms",
     "hessian",
     "hessian_on_stacks",
     "layer_leaves",
@@ -96,6 +99,7 @@ __all__ = [
     "over_pieces",
     "positive_curvature",
     "positive_curvature_objective",
+    "sample_row",
     "solve_expected",
     "vectors_like",
     "why_not_factored",

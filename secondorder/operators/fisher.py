@@ -87,7 +87,7 @@ def fisher(
         at = linearize_model(piece, params)
         factor = output_factor(piece.loss, at.outputs, structure)
         keys = jax.random.split(jax.random.fold_in(key, index), samples)
-        rows = jax.vmap(lambda k: _draw_row(factor, at.outputs, k, noise))(keys)
+        rows = jax.vmap(lambda k: sample_row(factor, at.outputs, k, noise))(keys)
         return _outer_products(at, rows, 1 / samples, params)
 
     return over_pieces(make, objective, params)
@@ -176,7 +176,7 @@ def gauss_newton_diagonal(
         factor = output_factor(piece.loss, at.outputs, structure)
 
         def draw(probe_key: chex.PRNGKey) -> jax.Array:
-            return _draw_row(factor, at.outputs, probe_key, "rademacher")
+            return sample_row(factor, at.outputs, probe_key, "rademacher")
 
         keys = jax.random.split(jax.random.fold_in(key, index), probes)
         return _sum_of_squares(at, draw, keys, 1 / probes, params)
@@ -234,8 +234,25 @@ def empirical_fisher_diagonal(
     return mean_over_pieces(measure, objective, params)
 
 
-def _draw_row(factor: jax.Array, outputs: jax.Array, key: chex.PRNGKey, noise: Noise) -> jax.Array:
-    """One sample of ``u = S ε`` for every case, array ``(N..., C)``."""
+def sample_row(
+    factor: jax.Array, outputs: jax.Array, key: chex.PRNGKey, noise: Noise = "rademacher"
+) -> jax.Array:
+    r"""One sample of :math:`u = S \epsilon` for every case, whose second moment is the Hessian.
+
+    Args:
+      factor: ``S``, as `output_factor` makes it.
+      outputs: The outputs, array ``(N..., C)``.
+      key: PRNG key of the noise.
+      noise: Its distribution.
+
+    Returns:
+      Array like the outputs, float32 or wider.
+
+    Example:
+      >>> row = sample_row(2 * jnp.ones((3, 1)), jnp.ones((3, 1)), jax.random.key(0))
+      >>> jnp.abs(row).tolist()
+      [[2.0], [2.0], [2.0]]
+    """
     row = apply_factor(factor, _NOISES[noise](key, outputs.shape, factor.dtype))
     return shard_like(row, outputs)
 

@@ -6,16 +6,19 @@ The model is linearized once; a product is one pass forward through that linear 
 product with ``H``, and one pass back. Nothing of the model's own forward pass is repeated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from secondorder.checks import check_choice
 from secondorder.objective import Microbatches, Objective
 from secondorder.operators.linear_operator import LinearOperator, narrow, vectors_like, widen
 from secondorder.operators.pieces import over_pieces
+from secondorder.sharding import replicated_zeros
+from secondorder.tree import accumulation_dtype, inner
 
 LinearizationMode: TypeAlias = Literal["forward", "reverse"]
 
@@ -166,3 +169,67 @@ def gauss_newton(
         return LinearOperator(lambda v: at.backward(hessian(at.forward(v))), vectors_like(params))
 
     return over_pieces(make, objective, params)
+
+
+def gauss_newton_forms(
+    objective: Objective[Any] | Microbatches[Any], params: chex.ArrayTree
+) -> Callable[[Sequence[chex.ArrayTree]], jax.Array]:
+    r"""The values :math:`v_i^\top G v_j` of the Gauss-Newton matrix on a few vectors.
+
+    .. math:: v_i^\top G v_j = (J v_i)^\top H (J v_j)
+
+    Nothing is passed back: each vector costs one pass forward through the linearized model, which
+    all vectors share. That pass has a product for each weight and one for its change, so that it
+    is about two forward passes.
+
+    Args:
+      objective: The split objective.
+      params: The point, a pytree of arrays.
+
+    Returns:
+      A function from ``k`` vectors like the parameters to the symmetric matrix ``(k, k)``, float32
+      or wider. The model of an `Objective` is linearized before it is called, and of
+      `Microbatches` in every call, one piece at a time.
+
+    Raises:
+      TypeError: If the objective is not split.
+
+    Example:
+      >>> import secondorder as so
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> objective = so.Objective(lambda w: x @ w, lambda z: jnp.sum(z**2) / 2)
+      >>> forms = gauss_newton_forms(objective, jnp.zeros(2))
+      >>> forms([jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])]).tolist()
+      [[1.0, 2.0], [2.0, 4.0]]
+
+    Source: Martens, Grosse (2015), arXiv 1503.05671, appendix C.
+    """
+    dtype = accumulation_dtype(params)
+    if not isinstance(objective, Microbatches):
+        return _forms_of_piece(objective, params, dtype)
+
+    def mean_forms(basis: Sequence[chex.ArrayTree]) -> jax.Array:
+        zeros = replicated_zeros((len(basis), len(basis)), dtype)
+        result: jax.Array = objective.mean(
+            lambda piece, _: _forms_of_piece(piece, params, dtype)(basis), zeros
+        )
+        return result
+
+    return mean_forms
+
+
+def _forms_of_piece(
+    objective: Objective[Any], params: chex.ArrayTree, dtype: Any
+) -> Callable[[Sequence[chex.ArrayTree]], jax.Array]:
+    """The values on one batch, whose model is linearized at once."""
+    at = linearize_model(objective, params)
+    hessian = output_hessian(objective.loss, at.outputs)
+
+    def forms(basis: Sequence[chex.ArrayTree]) -> jax.Array:
+        images = [at.forward(vector) for vector in basis]
+        curved = [hessian(image) for image in images]
+        rows = [[inner(a, b).astype(dtype) for b in curved] for a in images]
+        matrix = jnp.stack([jnp.stack(row) for row in rows])
+        return (matrix + matrix.T) / 2
+
+    return forms
