@@ -166,6 +166,31 @@ def lsr1_work(state: optax.OptState, site: Site) -> Work:
     return Work(batch=_FORWARD + _BACKWARD * reported_count(state, "trial_gradients"))
 
 
+def quadratic_model_work(state: optax.OptState, site: Site) -> Work:
+    """The work of a step from the quadratic model: two thirds of a gradient for each vector.
+
+    The objective after a step, which is evaluated in every so many, is spread over all.
+    """
+    del state
+    plane_every = int(site.settings.get("plane_every", 1))
+    vectors = 1 + 1 / plane_every
+    trial = _FORWARD / int(site.settings.get("adapt_every", 5))
+    return Work(batch=trial, curvature=_BACKWARD * vectors)
+
+
+def kfac_work(state: optax.OptState, site: Site) -> Work:
+    """The work of K-FAC: the passes back of its cotangents, spread over the steps between them."""
+    every = int(site.settings.get("update_every", 1))
+    curvature = site.settings.get("curvature", "sampled")
+    outputs = jax.eval_shape(site.objective.model, site.params)
+    columns = {"sampled": 1, "empirical": 0, "exact": getattr(outputs, "shape", (1,))[-1]}
+    passes = _BACKWARD * columns[curvature] / every
+    if site.settings.get("learning_rate") is not None:
+        return Work(curvature=passes)
+    modelled = quadratic_model_work(state, site)
+    return modelled._replace(curvature=modelled.curvature + passes)
+
+
 def layer_statistics_work(state: optax.OptState, site: Site) -> Work:
     """The work of a method whose products do not depend on the batch, but statistics of it do."""
     return Work(batch=hessian_free_work(state, site).batch, curvature=1.0)

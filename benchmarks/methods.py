@@ -23,11 +23,13 @@ from benchmarks.evaluations import (
     Work,
     block_hessian_free_work,
     hessian_free_work,
+    kfac_work,
     layer_statistics_work,
     levenberg_marquardt_work,
     linesearch_work,
     low_rank_work,
     lsr1_work,
+    quadratic_model_work,
 )
 from benchmarks.problems import Params, Problem
 from benchmarks.settings import SettingError, Settings, check_keys
@@ -224,6 +226,20 @@ def of_package(attribute: str) -> Any:
         raise SettingError(f"This version of secondorder has no `{attribute}`.") from None
 
 
+def modelled_kbfgs(
+    layers: so.Layers,
+    memory_size: int | None = None,
+    update_every: int = 1,
+    momentum: float = 0.0,
+    **settings: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """K-BFGS with steps and damping from the quadratic model."""
+    direction = of_package("scale_by_kbfgs")(
+        layers, memory_size=memory_size, update_every=update_every, momentum=momentum
+    )
+    return of_package("scale_by_quadratic_model")(direction, **settings)
+
+
 # A mean cross entropy is hundreds of times smaller than the autoencoders' sums over pixels.
 _KBFGS_CLASSIFIERS: Mapping[str, Mapping[str, Any]] = {
     name: {"damping": 0.03}
@@ -325,6 +341,32 @@ _ALL = (
         by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
         extra_gradients=1,
+    ),
+    Method(
+        name="kbfgs-model",
+        description="K-BFGS with steps and damping from a quadratic model",
+        factory=lambda: modelled_kbfgs,
+        forwards_to=lambda: of_package("scale_by_quadratic_model"),
+        defaults={"plane_every": 5},
+        extra_gradients=1,
+        work=quadratic_model_work,
+    ),
+    Method(
+        name="kfac",
+        description="K-FAC at a learning rate (Martens, Grosse 2015)",
+        factory=lambda: of_package("kfac"),
+        forwards_to=lambda: of_package("scale_by_kfac"),
+        defaults={"learning_rate": 0.03, "damping": 1.0},
+        work=kfac_work,
+    ),
+    Method(
+        name="kfac-adaptive",
+        description="K-FAC with steps and damping from a quadratic model (Martens, Grosse 2015)",
+        factory=lambda: functools.partial(of_package("kfac"), None),
+        forwards_to=lambda: of_package("scale_by_kfac"),
+        defaults={"damping": 10.0, "update_every": 5, "plane_every": 5},
+        is_second_order=True,
+        work=kfac_work,
     ),
     Method(
         name="lsr1",

@@ -121,6 +121,8 @@ def _tanh_autoencoder(
     load: Callable[[DataOptions], Splits],
     sizes: Sequence[int],
     batch_size: int,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = networks.squared_error,
+    error: str = "squared error",
 ) -> Problem:
     """The autoencoder of the block-diagonal Hessian-free paper (Zhang et al. 2017).
 
@@ -131,11 +133,11 @@ def _tanh_autoencoder(
     shape = "-".join(map(str, layers))
     return Problem(
         name=name,
-        description=f"{description}, squared error; {shape}, tanh, linear code and output",
+        description=f"{description}, {error}; {shape}, tanh, linear code and output",
         load=lambda options: load(options).as_vectors(),
         init=functools.partial(networks.init_glorot_stack, sizes=layers),
         model=functools.partial(networks.apply_autoencoder, activation=jnp.tanh),
-        loss=networks.squared_error,
+        loss=loss,
         batch_size=batch_size,
         l2=0.0,
     )
@@ -279,6 +281,15 @@ _ALL = (
         data.mnist,
         sizes=(784, 1000, 500, 250, 30),
         batch_size=1000,
+    ),
+    _tanh_autoencoder(
+        "mnist-autoencoder-tanh-bce",
+        "MNIST",
+        data.mnist,
+        sizes=(784, 1000, 500, 250, 30),
+        batch_size=1000,
+        loss=networks.binary_cross_entropy,
+        error="cross entropy summed over pixels",
     ),
     _tanh_autoencoder(
         "digits-autoencoder-tanh",

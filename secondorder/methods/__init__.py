@@ -14,6 +14,7 @@ from secondorder.methods.hessian_free import (
 from secondorder.methods.hessian_free_model import HessianFreeMetrics
 from secondorder.methods.kbfgs import ScaleByKBFGSState, kbfgs, scale_by_kbfgs
 from secondorder.methods.kbfgs_update import KBFGSMetrics
+from secondorder.methods.kfac import KFACMetrics, ScaleByKFACState, kfac, scale_by_kfac
 from secondorder.methods.krylov_descent import (
     KrylovDescentMetrics,
     KrylovDescentState,
@@ -40,6 +41,11 @@ from secondorder.methods.positive_curvature import (
     positive_curvature_hessian,
     scale_by_positive_curvature,
 )
+from secondorder.methods.quadratic_model import (
+    QuadraticModelMetrics,
+    ScaleByQuadraticModelState,
+    scale_by_quadratic_model,
+)
 from secondorder.methods.saddle_free_newton import (
     SaddleFreeNewtonMetrics,
     SaddleFreeNewtonState,
@@ -53,6 +59,7 @@ __all__ = [
     "HessianFreeMetrics",
     "HessianFreeState",
     "KBFGSMetrics",
+    "KFACMetrics",
     "KrylovDescentMetrics",
     "KrylovDescentState",
     "LSR1Metrics",
@@ -63,17 +70,21 @@ __all__ = [
     "NewtonCGMetrics",
     "NewtonCGState",
     "PositiveCurvatureMetrics",
+    "QuadraticModelMetrics",
     "SaddleFreeNewtonMetrics",
     "SaddleFreeNewtonState",
     "ScaleByKBFGSState",
+    "ScaleByKFACState",
     "ScaleByLSR1Metrics",
     "ScaleByLSR1State",
     "ScaleByLowRankSaddleFreeNewtonState",
     "ScaleByPositiveCurvatureState",
+    "ScaleByQuadraticModelState",
     "block_hessian_free",
     "gauss_newton",
     "hessian_free",
     "kbfgs",
+    "kfac",
     "krylov_subspace_descent",
     "levenberg_marquardt",
     "low_rank_saddle_free_newton",
@@ -82,8 +93,10 @@ __all__ = [
     "positive_curvature_hessian",
     "saddle_free_newton",
     "scale_by_kbfgs",
+    "scale_by_kfac",
     "scale_by_low_rank_saddle_free_newton",
     "scale_by_lsr1",
     "scale_by_positive_curvature",
+    "scale_by_quadratic_model",
     "stochastic_hessian_free",
 ]

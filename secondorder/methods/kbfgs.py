@@ -12,6 +12,7 @@ References:
   arXiv 2102.06737 ("the paper of 2021").
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -113,7 +114,8 @@ def scale_by_kbfgs(
     Args:
       layers: The layers of the model, from `find_layers`.
       damping: :math:`\lambda > 0`, split between the factors so that
-        :math:`\lambda_A \lambda_G = \lambda`.
+        :math:`\lambda_A \lambda_G = \lambda`. The extra argument ``damping`` of ``update``
+        replaces it, as `scale_by_quadratic_model` does.
       momentum: Decay of the momentum, in [0, 1).
       momentum_form: ``"ema"``: ``m = b m + (1 - b) g``, without bias correction as in the paper of
         2020; ``"heavy_ball"``: ``m = b m + g``, which is ten times larger for ``b = 0.9``.
@@ -209,6 +211,7 @@ def scale_by_kbfgs(
         check_value_fn(value_fn, "scale_by_kbfgs")
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
+        told = dataclasses.replace(settings, damping=extra_args.get("damping", damping))
 
         layer_pass = _LayerPass(layers, objective, params)
         # A pass at the present parameters is the caller's own gradient, if XLA can see both.
@@ -220,7 +223,7 @@ def scale_by_kbfgs(
 
             # 2. Factors, from the current batch at the present and at the previous parameters.
             def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
-                return _refresh(settings, layout, layer_pass, here, params, state)
+                return _refresh(told, layout, layer_pass, here, params, state)
 
             def not_due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
                 return state.factors, state.metrics

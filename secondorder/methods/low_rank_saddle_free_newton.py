@@ -155,7 +155,8 @@ def scale_by_low_rank_saddle_free_newton(
         randomized eigensolver. Static.
       initial_passes: The same at the first refresh with a warm start. Static.
       refresh_every: Steps from one refresh of the eigenpairs to the next. Static.
-      damping: :math:`\gamma_0`, above 0.
+      damping: :math:`\gamma_0`, above 0. The extra argument ``damping`` of ``update`` replaces it,
+        as `scale_by_quadratic_model` does.
       damping_share: ``c``, at least 0; with 0 the damping is fixed.
       spectrum: What is taken for curvatures: ``"absolute"``, :math:`|\lambda_i|`; ``"shifted"``,
         :math:`\lambda_i` with the damping raised by the magnitude of the lowest, as in
@@ -243,7 +244,6 @@ def scale_by_low_rank_saddle_free_newton(
         curvature_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByLowRankSaddleFreeNewtonState]:
-        del extra_args
         check_params(params, _NAME)
         check_rank(_NAME, rank, params)
         objective = _curvature_objective(eigen, value_fn, curvature_fn)
@@ -263,7 +263,7 @@ def scale_by_low_rank_saddle_free_newton(
 
         # 3. The preconditioned gradient, or a way out of a saddle point.
         pairs = solution.pairs
-        gamma = tied_damping(pairs, damping, damping_share)
+        gamma = tied_damping(pairs, extra_args.get("damping", damping), damping_share)
         direction = precondition(pairs, gradient, gamma, spectrum, max_norm)
         vector, escaped, evaluations = _escape(
             settings, value_fn, params, pairs, gradient, direction, key

@@ -21,7 +21,10 @@ from benchmarks.settings import (
 
 PROBLEM = PROBLEMS["digits-cnn"]
 # Methods that find the length of their steps themselves.
-WITHOUT_RATE = {"lbfgs", "lsr1", "hf", "bhf", "shf", "sgn", "lm", "pch", "ksd", "newton-cg", "sfn"}
+WITHOUT_RATE = {
+    *("lbfgs", "lsr1", "hf", "bhf", "shf", "sgn", "lm", "pch", "ksd", "newton-cg", "sfn"),
+    *("kbfgs-model", "kfac-adaptive"),
+}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ PARAMETERS = {
     "mnist-lenet5-bn": 61_932,
     "fashion-lenet5": 61_706,
     "mnist-autoencoder-tanh": 2_837_314,
+    "mnist-autoencoder-tanh-bce": 2_837_314,
     "digits-autoencoder-tanh": 34_764,
     "mnist-lstm": 2_510,
     "fashion-resnet": 77_322,

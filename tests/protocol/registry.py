@@ -86,6 +86,15 @@ def krylov(name: str, **settings: Any) -> Entry:
     return Entry(name, so.krylov_subspace_descent, given, (), KRYLOV_STATIC, False, terminal=True)
 
 
+KFAC_STATIC = ("update_every", "inverse_every", "seed")
+MODEL_STATIC = ("adapt_every", "plane_every")
+
+
+def modelled_kbfgs(layers: so.Layers, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    """K-BFGS with the quadratic model's steps, which it shares its damping with."""
+    return so.scale_by_quadratic_model(so.scale_by_kbfgs(layers, momentum=0.0), **settings)
+
+
 REGISTRY = [
     Entry("kbfgs", so.kbfgs, {}, (LAYERS,), KBFGS_STATIC),
     Entry("kbfgs-l", so.kbfgs, {"memory_size": 2}, (LAYERS,), KBFGS_STATIC),
@@ -206,6 +215,63 @@ REGISTRY = [
         {"subspace_size": 2, "damping": 0.5, "dampings": (1.0, 0.1), "weight_decay": 1e-3},
         (),
         ("subspace_size", "dampings"),
+        False,
+        terminal=True,
+    ),
+    Entry("kfac", so.kfac, {"damping": 0.1, "max_divergence": 1.0}, (LAYERS,), KFAC_STATIC),
+    Entry(
+        "kfac-adaptive",
+        so.kfac,
+        {"learning_rate": None, "damping": 0.1, "weight_decay": 1e-3, "plane_every": 2},
+        (LAYERS,),
+        KFAC_STATIC + MODEL_STATIC,
+        False,
+        terminal=True,
+    ),
+    Entry(
+        "scale_by_kfac",
+        so.scale_by_kfac,
+        {
+            "damping": 0.1,
+            "curvature": "exact",
+            "weight_sharing": "reduce",
+            "inverse": "corrected",
+            "inverse_every": 2,
+        },
+        (LAYERS,),
+        KFAC_STATIC,
+        False,
+        remembers=False,
+    ),
+    Entry(
+        "scale_by_kfac-empirical",
+        so.scale_by_kfac,
+        {
+            "damping": 0.1,
+            "curvature": "empirical",
+            "inverse": "eigen",
+            "fallback": optax.scale(0.3),
+        },
+        (LAYERS,),
+        KFAC_STATIC,
+        False,
+        remembers=False,
+    ),
+    Entry(
+        "scale_by_quadratic_model",
+        so.scale_by_quadratic_model,
+        {"damping": 0.1, "adapt_every": 1, "weight_decay": 1e-3, "max_norm": 10.0},
+        (),
+        MODEL_STATIC,
+        False,
+        terminal=True,
+    ),
+    Entry(
+        "modelled-kbfgs",
+        modelled_kbfgs,
+        {"damping": 0.3},
+        (LAYERS,),
+        MODEL_STATIC,
         False,
         terminal=True,
     ),
