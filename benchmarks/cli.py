@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from benchmarks import (
-    compare,
     cost,
     demo,
     deterministic,
+    plot,
     products,
     regression,
     saddles,
@@ -26,7 +26,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "tune": tune,
     "sensitivity": sensitivity,
-    "compare": compare,
+    "plot": plot,
     "cost": cost,
     "products": products,
     "deterministic": deterministic,

@@ -1,4 +1,4 @@
-"""``compare``: plots the records of several runs over updates, over gradients and over seconds."""
+"""``plot``: draws the records of several runs over updates, over gradients and over seconds."""
 
 import argparse
 import json

@@ -1,11 +1,11 @@
-"""The command ``compare``: runs from records, their labels, and the plot."""
+"""The command ``plot``: runs from records, their labels, and the plot."""
 
 import json
 
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.compare import axes, label_runs, read_runs
+from benchmarks.plot import axes, label_runs, read_runs
 
 
 def write(path, method, settings, count=2, **header):
@@ -21,7 +21,7 @@ def write(path, method, settings, count=2, **header):
             print(json.dumps(record), file=file)
 
 
-def test_compare(tmp_path, capsys):
+def test_plot(tmp_path, capsys):
     write(tmp_path / "a.jsonl", "bhf", {"damping": 1}, curvature_batch_size=100)
     write(tmp_path / "a.jsonl", "bhf", {"damping": 1}, curvature_batch_size=500)
     write(tmp_path / "b.jsonl", "adam", {"learning_rate": 0.1})
@@ -31,7 +31,7 @@ def test_compare(tmp_path, capsys):
     assert runs[1].line("gradients", "x").positions == [7.5, 15.0]
     plot = tmp_path / "new" / "plot.png"
     files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    assert main(["compare", "--runs", *files, "--png", str(plot)]) == 0
+    assert main(["plot", "--runs", *files, "--png", str(plot)]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "adam" in capsys.readouterr().out
 
@@ -63,5 +63,5 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
 )
 def test_files_that_cannot_be_compared(tmp_path, content, message, capsys):
     (tmp_path / "x.jsonl").write_text(content)
-    assert main(["compare", "--runs", str(tmp_path / "x.jsonl")]) == 2
+    assert main(["plot", "--runs", str(tmp_path / "x.jsonl")]) == 2
     assert message in capsys.readouterr().err
