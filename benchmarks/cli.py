@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from benchmarks import (
+    compare,
     cost,
     demo,
     deterministic,
@@ -26,6 +27,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "tune": tune,
     "sensitivity": sensitivity,
+    "compare": compare,
     "plot": plot,
     "cost": cost,
     "products": products,
