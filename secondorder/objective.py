@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.checks import check_static_count
+from secondorder.jaxprs import canonical_convolutions
 
 Params = TypeVar("Params")
 
@@ -406,7 +407,8 @@ def value_and_grad(value_fn: Callable[[Params], Any], params: Params) -> tuple[j
       >>> grad.tolist()
       [2.0, 2.0]
     """
-    (value, _), grad = jax.value_and_grad(value_and_aux(value_fn), has_aux=True)(params)
+    evaluate = jax.value_and_grad(value_and_aux(value_fn), has_aux=True)
+    (value, _), grad = canonical_convolutions(evaluate)(params)
     return value, grad
 
 

@@ -20,7 +20,7 @@ PUBLIC = sorted(set(so.__all__) - {"__version__"})
 # The rooms, lowest first. A room may import itself and the floors below it, not its neighbors.
 # `docs/architecture.md` says what each is for; a new room gets its place here.
 FLOORS = (
-    ("_version", "checks", "products", "sharding"),
+    ("_version", "checks", "jaxprs", "products", "sharding"),
     ("objective", "tree"),
     ("layers", "factors", "solvers", "control"),
     ("operators",),

@@ -22,6 +22,7 @@ import optax
 
 from secondorder import factors as kf
 from secondorder.checks import check_choice, check_range, check_static_count, is_number
+from secondorder.jaxprs import canonical_convolutions
 from secondorder.layers.groups import Layout, arrange_layers
 from secondorder.layers.layer import Layers, check_leaves, trace_layers
 from secondorder.layers.probes import record
@@ -219,6 +220,7 @@ def scale_by_kbfgs(
             averaged = _momentum(state.momentum, updates, momentum, momentum_form)
 
             # 2. Factors, from the current batch at the present and at the previous parameters.
+            @canonical_convolutions  # as this is done in a branch
             def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
                 return _refresh(settings, layout, layer_pass, here, params, state)
 
