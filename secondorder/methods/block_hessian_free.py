@@ -376,7 +376,7 @@ def _mean_diagonal(
     matrix: LinearOperator, params: chex.ArrayTree, blocks: Blocks, key: jax.Array
 ) -> jax.Array:
     """An unbiased estimate of the mean of the diagonal of each block ``(L,)``, not negative."""
-    signs = vectors.random_vector(jax.random.rademacher, key, params)
+    signs = vectors.random_vector("rademacher", key, params)
     leaves = jax.tree.leaves(params)
     sizes = [sum(leaves[i].size for i in blocks.leaves_of(b)) for b in range(len(blocks))]
     traces = vectors.block_inner(blocks, signs, matrix(signs))

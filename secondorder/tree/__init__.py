@@ -22,6 +22,7 @@ from secondorder.tree.pair_memory import (
     project_on_pairs,
     push_pair,
 )
+from secondorder.tree.random import Distribution
 from secondorder.tree.stacks import gram, mix, random_stack, stack_size
 from secondorder.tree.vectors import (
     accumulation_dtype,
@@ -39,6 +40,7 @@ from secondorder.tree.vectors import (
 __all__ = [
     "BlockSetting",
     "Blocks",
+    "Distribution",
     "PairMemory",
     "accumulation_dtype",
     "block_choose",
