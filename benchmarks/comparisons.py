@@ -84,7 +84,6 @@ def _saddle_free(problem: str, batch_size: int, curvature: int, **fields: Any) -
     """Low-rank saddle-free Newton, what it is made of, and what a user would take instead."""
     # Two equal chunks compile once.
     fixed = {"rank": 10, "chunk_size": 5}
-    best = {"like": "lrsfn", "settings": fixed, "curvature_batch_size": curvature}
     low_rank = Contender(
         "lrsfn",
         {"learning_rate": (0.1, 0.3), "damping": (1e-2, 1e-1)},
@@ -97,11 +96,14 @@ def _saddle_free(problem: str, batch_size: int, curvature: int, **fields: Any) -
         {"max_iterations": 10},
         curvature_batch_size=curvature,
     )
-    ablations = (
-        Contender("lrsfn-zero", name="eigenvalues 0", **best),
-        Contender("lrsfn-inf", name="eigenvalues infinite", **best),
-        Contender("lrsfn-random", name="random subspace", **best),
-    )
+    ablations = [
+        Contender(method, settings=fixed, name=name, like="lrsfn", curvature_batch_size=curvature)
+        for method, name in (
+            ("lrsfn-zero", "eigenvalues 0"),
+            ("lrsfn-inf", "eigenvalues infinite"),
+            ("lrsfn-random", "random subspace"),
+        )
+    ]
     return Trial(
         name=problem,
         problem=problem,
@@ -134,7 +136,7 @@ def _hessian_free(
     return Trial(name, problem, (*peers, full, *block), **fields)
 
 
-_FEW = {"train_size": 10000, "test_size": 2000}
+_FEW: Mapping[str, int] = {"train_size": 10000, "test_size": 2000}
 
 _AUTOENCODERS = tuple(
     _hessian_free(

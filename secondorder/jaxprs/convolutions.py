@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from secondorder.jaxprs.equations import (
-    INLINED,
     REMAT,
     SCAN,
     Body,
@@ -119,11 +118,13 @@ def _run(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     assert body is not None
     if equation.primitive.name == SCAN:
         return _scan(equation, body, operands)
-    inlined = lambda *operands: _evaluate(body, operands)  # noqa: E731
-    if equation.primitive.name in REMAT:
-        inlined = rematerialized(equation, inlined)
-    assert equation.primitive.name in INLINED | REMAT
-    return inlined(*operands)
+
+    def inlined(*operands: Any) -> list[Any]:
+        return _evaluate(body, operands)
+
+    run = rematerialized(equation, inlined) if equation.primitive.name in REMAT else inlined
+    outputs: Sequence[Any] = run(*operands)
+    return outputs
 
 
 def _scan(equation: Any, body: Body, operands: Sequence[Any]) -> Sequence[Any]:
