@@ -1,6 +1,7 @@
 """Second-order optimizers for JAX as pure-functional optax transformations."""
 
 from secondorder._version import __version__
+from secondorder.accumulate import AccumulateMetrics, AccumulateState, accumulate
 from secondorder.control import DampingRule, RadiusRule
 from secondorder.layers import Layer, Layers, find_layers
 from secondorder.methods import (
@@ -65,6 +66,8 @@ from secondorder.spectra import (
 )
 
 __all__ = [
+    "AccumulateMetrics",
+    "AccumulateState",
     "BlockHessianFreeMetrics",
     "BlockHessianFreeState",
     "DampingRule",
@@ -100,6 +103,7 @@ __all__ = [
     "Spectrum",
     "TraceEstimate",
     "__version__",
+    "accumulate",
     "block_hessian_free",
     "curvature_diagonal",
     "curvature_trace",

@@ -110,8 +110,9 @@ class Microbatches(Generic[Params]):
     product linearizes each piece again, about 5 instead of 4.
 
     Args:
-      objective_on: Maps one piece of the batch to its `Objective`. The mean of these values must be
-        the objective on the whole batch, as it is for a mean over cases.
+      objective_on: Maps one piece of the batch to its `Objective`, or to any callable where no
+        split is needed. The mean of these values must be the objective on the whole batch, as it
+        is for a mean over cases.
       batches: The pieces, a pytree of arrays ``(k, ...)``; or see `split`.
 
     Example:
@@ -175,6 +176,14 @@ class Microbatches(Generic[Params]):
     def pieces(self) -> int:
         """The number of pieces, ``k``."""
         return _leading_axis(self.batches, "Microbatches: `batches`")
+
+    def first(self) -> Objective[Params]:
+        """The objective of the first piece, whose shapes and layers are those of all.
+
+        Returns:
+          The objective.
+        """
+        return self.objective_on(jax.tree.map(lambda leaf: leaf[0], self.batches))
 
     def __call__(self, params: Params) -> Any:
         """Evaluates the objective.
@@ -333,7 +342,8 @@ def check_split(value_fn: Any, method: str, name: str = "value_fn") -> None:
       TypeError: If it is a plain callable, which hides the outputs of the model.
     """
     check_value_fn(value_fn, method, name)
-    if not isinstance(value_fn, Objective | Microbatches):
+    piece = value_fn.first() if isinstance(value_fn, Microbatches) else value_fn
+    if not isinstance(piece, Objective):
         raise TypeError(
             f"{method} needs the split of the objective into model and loss, and `{name}` is a "
             "plain callable; write so.Objective(lambda p: model.apply(p, x), "

@@ -24,7 +24,7 @@ FLOORS = (
     ("objective", "tree"),
     ("layers", "factors", "solvers", "control"),
     ("operators",),
-    ("methods", "metrics", "partition", "spectra"),
+    ("accumulate", "methods", "metrics", "partition", "spectra"),
     ("flax",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -245,8 +245,8 @@ def find_layers(
         `Objective` or any callable.
       params: The parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`.
       *args: Further arguments of ``objective``, such as a batch; abstract ones do.
-      batch_size: Number of examples in a batch. Default: the most common length of the leading
-        axis of the layers' inputs, at every trace anew.
+      batch_size: Number of examples in a batch, or in one piece of `Microbatches`. Default: the
+        most common length of the leading axis of the layers' inputs, at every trace anew.
       exclude: Called with the path of each weight, such as ``"encoder/kernel"``; layers for which
         it is true are left to the fallback of the method.
 

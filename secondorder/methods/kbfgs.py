@@ -24,19 +24,17 @@ from secondorder import factors as kf
 from secondorder.checks import check_choice, check_range, check_static_count, is_number
 from secondorder.jaxprs import canonical_convolutions
 from secondorder.layers.groups import Layout, arrange_layers
-from secondorder.layers.layer import Layers, check_leaves, trace_layers
-from secondorder.layers.probes import record
-from secondorder.layers.statistics import dense_rows
+from secondorder.layers.layer import Layers, check_leaves
 from secondorder.layers.uses import curvature_dtype
 from secondorder.methods.kbfgs_factors import (
     InputFactor,
     KBFGSFactors,
-    Pass,
     Settings,
     init_factors,
     measure,
     precondition,
 )
+from secondorder.methods.kbfgs_pass import AnyPass, LayerPass
 from secondorder.methods.kbfgs_update import KBFGSMetrics, count_pairs, refresh, unchanged
 from secondorder.methods.layerwise import (
     WeightDecayForm,
@@ -141,8 +139,9 @@ def scale_by_kbfgs(
 
     Returns:
       A transform whose ``update`` needs ``params`` and ``value_fn``, the objective on the current
-      batch; ``curvature_fn``, an objective on another batch, replaces it for curvature. Batches
-      whose value or gradients are not finite give a zero update and change only a counter.
+      batch; ``curvature_fn``, an objective on another batch, replaces it for curvature. Of
+      `Microbatches` the layers' inputs and outputs are held for one piece at a time. Batches whose
+      value or gradients are not finite give a zero update and change only a counter.
 
     Raises:
       ValueError: For hyperparameters out of range, or with ``strict`` for a parameter in no layer.
@@ -211,7 +210,7 @@ def scale_by_kbfgs(
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
 
-        layer_pass = _LayerPass(layers, objective, params)
+        layer_pass = LayerPass(layers, objective, params)
         # A pass at the present parameters is the caller's own gradient, if XLA can see both.
         here = layer_pass(params) if layer_pass.merges else None
 
@@ -266,21 +265,6 @@ def scale_by_kbfgs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _LayerPass:
-    """Probed passes over one batch: the objective is traced once, and evaluated at any point."""
-
-    def __init__(self, layers: Layers, objective: Any, params: chex.ArrayTree) -> None:
-        self.discovery, self.traced, self.batch_size = trace_layers(layers, objective, params)
-
-    @property
-    def merges(self) -> bool:
-        """Whether XLA merges a pass with the caller's gradient at the same point."""
-        return self.discovery.plan.merges
-
-    def __call__(self, params: chex.ArrayTree) -> Pass:
-        return Pass(self.traced, record(self.discovery, params), self.batch_size)
-
-
 def _momentum(
     momentum: chex.ArrayTree, gradient: chex.ArrayTree, decay: chex.Numeric, form: MomentumForm
 ) -> chex.ArrayTree:
@@ -292,21 +276,17 @@ def _momentum(
 def _refresh(
     settings: Settings,
     layout: Layout,
-    layer_pass: _LayerPass,
-    here: Pass | None,
+    layer_pass: LayerPass,
+    here: AnyPass | None,
     params: chex.ArrayTree,
     state: ScaleByKBFGSState,
 ) -> tuple[KBFGSFactors, KBFGSMetrics]:
     """Updates the factors of all layers, unless the batch's curvature is not finite."""
-    here = layer_pass(params) if here is None else here
-    rows = (dense_rows(traced, here.tape) for traced in here.traced)
-    here = here._replace(inputs=tuple(rows))
-    before = layer_pass(state.previous_params)
+    here = (layer_pass(params) if here is None else here).form_inputs()
+    before = layer_pass(state.previous_params, outputs_only=True)
     with jax.named_scope("kbfgs_refresh"):
         measured = measure(settings, layout, here, params, before, state.previous_params)
-        finite = all_finite(
-            (here.tape.value, before.tape.value, here.tape.operands, measured.differences)
-        )
+        finite = all_finite((here.value, before.value, here.checked(), measured.differences))
         result = jax.lax.cond(
             finite,
             lambda factors: refresh(

@@ -17,7 +17,7 @@ from secondorder import factors as kf
 from secondorder.layers import statistics
 from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.layers.layer import TracedLayer
-from secondorder.layers.probes import Tape
+from secondorder.methods.kbfgs_pass import AnyPass
 from secondorder.products import HIGHEST, matmul
 from secondorder.sharding import replicate
 
@@ -57,22 +57,6 @@ class Settings:
     forget: kf.Forget
     pair_damping: kf.PairDamping
     damping_split: kf.DampingSplit
-
-
-class Pass(NamedTuple):
-    """One probed pass over a batch.
-
-    Attributes:
-      traced: The layers, as found in the trace.
-      tape: What was recorded.
-      batch_size: Number of examples.
-      inputs: For each layer the homogeneous inputs where they are formed.
-    """
-
-    traced: tuple[TracedLayer, ...]
-    tape: Tape
-    batch_size: int
-    inputs: tuple[statistics.Rows, ...] = ()
 
 
 def init_factors(settings: Settings, layout: Layout, dtype: Any) -> KBFGSFactors:
@@ -125,11 +109,6 @@ def _keeps_moment(settings: Settings, group: Group) -> bool:
 def matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """``A B^T`` for each block, without transposing anything."""
     return jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
-
-
-def input_product(inverse: jax.Array, rows: jax.Array) -> jax.Array:
-    """``V H_a`` for the rows ``(stack, k, inputs)`` of a group."""
-    return rows * inverse[:, None, :] if inverse.ndim == 2 else matmul(rows, inverse)
 
 
 def output_product(inverse: OutputInverse, rows: jax.Array) -> jax.Array:
@@ -188,9 +167,9 @@ class Measurement(NamedTuple):
 def measure(
     settings: Settings,
     layout: Layout,
-    here: Pass,
+    here: AnyPass,
     params: chex.ArrayTree,
-    before: Pass,
+    before: AnyPass,
     previous_params: chex.ArrayTree,
 ) -> Measurement:
     """Measures every layer at the present and the previous parameters, on one batch.
@@ -207,15 +186,14 @@ def measure(
       The measurement.
     """
     leaves, old_leaves = jax.tree.leaves(params), jax.tree.leaves(previous_params)
-    sums = [statistics.output_sums(traced, here.tape) for traced in here.traced]
     differences, cotangents = [], []
-    for traced, present in zip(here.traced, sums, strict=True):
-        past = statistics.output_sums(traced, before.tape)
+    for index, traced in enumerate(here.traced):
+        present, past = here.output_sums(index), before.output_sums(index)
         weights = statistics.output_weights(traced, here.batch_size)[:, None]
         weights = weights.astype(present.dtype)
         differences.append((present - past) * weights + _bias_step(traced, leaves, old_leaves))
         cotangents.append(present[:, 1] * weights[1])
-    shares = [_split_damping(settings, traced, here) for traced in here.traced]
+    shares = [_split_damping(settings, index, here) for index in range(len(here.traced))]
     return Measurement(
         differences=layout.join(differences),
         mean_cotangents=layout.join(cotangents),
@@ -235,13 +213,12 @@ def _bias_step(
     return jnp.pad(step[:, None], ((0, 0), (0, 1), (0, 0)))
 
 
-def _split_damping(
-    settings: Settings, traced: TracedLayer, point: Pass
-) -> tuple[jax.Array, jax.Array]:
+def _split_damping(settings: Settings, index: int, point: AnyPass) -> tuple[jax.Array, jax.Array]:
     """The shares of a layer's factors in the damping, each ``(blocks,)``."""
+    traced = point.traced[index]
     eigenvalues: tuple[Any, Any] = (None, None)
     if settings.damping_split == "trace":
-        eigenvalues = statistics.mean_eigenvalues(traced, point.tape, point.batch_size)
+        eigenvalues = point.mean_eigenvalues(index)
     shares = kf.split_damping(
         settings.damping,
         settings.damping_split,

@@ -15,18 +15,16 @@ import jax.numpy as jnp
 
 from secondorder import factors as kf
 from secondorder.checks import is_number
-from secondorder.layers import statistics
 from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.methods.kbfgs_factors import (
     KBFGSFactors,
     Measurement,
     OutputInverse,
-    Pass,
     Settings,
-    input_product,
     matmul_transposed,
     output_product,
 )
+from secondorder.methods.kbfgs_pass import AnyPass, input_product
 from secondorder.products import matmul
 from secondorder.sharding import replicate
 
@@ -100,7 +98,7 @@ def refresh(
     layout: Layout,
     factors: KBFGSFactors,
     measured: Measurement,
-    here: Pass,
+    here: AnyPass,
     first: jax.Array,
     moved: jax.Array,
 ) -> Refreshed:
@@ -146,7 +144,7 @@ def _update_moments(
     settings: Settings,
     layout: Layout,
     factors: KBFGSFactors,
-    here: Pass,
+    here: AnyPass,
     first: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     """The moving averages of ``A``, which start from the first batch's."""
@@ -160,15 +158,9 @@ def _update_moments(
     return tuple(result)
 
 
-def _gram_of_inputs(group: Group, here: Pass) -> jax.Array:
+def _gram_of_inputs(group: Group, here: AnyPass) -> jax.Array:
     """The current batch's ``m A`` of a group, or its diagonal for embeddings."""
-    if group.diagonal_input:
-        counts = [statistics.input_counts(here.traced[m], here.tape) for m in group.members]
-        return replicate(concatenate(counts))
-    grams = [
-        statistics.input_gram(here.traced[m], here.tape, here.inputs[m]) for m in group.members
-    ]
-    return replicate(concatenate(grams))
+    return replicate(concatenate([here.input_gram(m) for m in group.members]))
 
 
 def _start_inputs(
@@ -176,7 +168,7 @@ def _start_inputs(
     factors: KBFGSFactors,
     moments: Sequence[jax.Array | None],
     measured: Measurement,
-    here: Pass,
+    here: AnyPass,
     first: jax.Array,
 ) -> list[jax.Array]:
     """The input inverses to update: exact ones at the start and where ``A`` is diagonal."""
@@ -207,14 +199,11 @@ def _update_inputs(
     inverses: Sequence[jax.Array],
     moments: Sequence[jax.Array | None],
     measured: Measurement,
-    here: Pass,
+    here: AnyPass,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
     mean_inputs = layout.join(
-        [
-            replicate(statistics.mean_input(traced, here.tape, 2, inputs))
-            for traced, inputs in zip(here.traced, here.inputs, strict=True)
-        ]
+        [replicate(here.mean_input(index)) for index in range(len(here.traced))]
     )
     bases = []
     for i, group in enumerate(layout.groups):
@@ -248,21 +237,14 @@ def _update_inputs(
 
 
 def _moment_product(
-    group: Group, moment: jax.Array | None, rows: jax.Array, here: Pass
+    group: Group, moment: jax.Array | None, rows: jax.Array, here: AnyPass
 ) -> jax.Array:
     """``V A`` with the average of ``A`` of a group, or ``m V A`` with the current batch's."""
     if moment is not None:
         return input_product(moment, rows)
     start, products = 0, []
     for member, size in zip(group.members, group.sizes, strict=True):
-        products.append(
-            statistics.gram_product(
-                here.traced[member],
-                here.tape,
-                rows[start : start + size],
-                here.inputs[member],
-            )
-        )
+        products.append(here.gram_product(member, rows[start : start + size]))
         start += size
     return replicate(concatenate(products))
 

@@ -143,8 +143,7 @@ def expected_curvature(
         return _measure(chain, piece, params, input_moment, slope_moment)
 
     if isinstance(objective, Microbatches):
-        first = jax.tree.map(lambda leaf: leaf[0], objective.batches)
-        like = jax.eval_shape(lambda: measure(objective.objective_on(first), 0))
+        like = jax.eval_shape(lambda: measure(objective.first(), 0))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
         moments: Any = objective.mean(measure, zeros)
     else:
