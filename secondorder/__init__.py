@@ -4,6 +4,7 @@ from secondorder._version import __version__
 from secondorder.accumulate import AccumulateMetrics, AccumulateState, accumulate
 from secondorder.control import DampingRule, RadiusRule
 from secondorder.layers import Layer, Layers, find_layers
+from secondorder.line_search import line_search
 from secondorder.methods import (
     BlockHessianFreeMetrics,
     BlockHessianFreeState,
@@ -115,6 +116,7 @@ __all__ = [
     "kbfgs",
     "krylov_subspace_descent",
     "levenberg_marquardt",
+    "line_search",
     "low_rank_saddle_free_newton",
     "lsr1",
     "mask_params",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from secondorder.checks import check_static_count
-from secondorder.objective import Microbatches, all_finite, check_params
+from secondorder.objective import Microbatches, all_finite, check_given
 from secondorder.sharding import reshard, shard_like
 from secondorder.tree import accumulation_dtype, zeros_vector
 
@@ -130,7 +130,7 @@ def accumulate(
         raise ValueError(f"accumulate: `batch` has no arrays, got {batch!r}.")
 
     def init(params: chex.ArrayTree) -> AccumulateState:
-        check_params(params, "accumulate")
+        check_given(params, "accumulate")
         return AccumulateState(
             inner=inner.init(params),
             gradients=zeros_vector(params),
@@ -151,7 +151,7 @@ def accumulate(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, AccumulateState]:
         del value_fn  # It is of this micro-batch alone.
-        check_params(params, "accumulate")
+        check_given(params, "accumulate")
         _check_batch(batch, template)
 
         # 1. The micro-batch joins the round, unless it is not finite.

@@ -275,7 +275,7 @@ def _leading_axis(tree: Any, name: str) -> int:
     return lengths.pop()[0]
 
 
-def check_params(params: Any, method: str) -> None:
+def check_given(params: Any, method: str) -> None:
     """Raises if the parameters were not passed to ``update``.
 
     Args:
@@ -287,6 +287,36 @@ def check_params(params: Any, method: str) -> None:
     """
     if params is None:
         raise ValueError(f"{method} needs the current `params`; call {_CALL}.")
+
+
+def check_params(params: Any, method: str) -> None:
+    """Raises unless a method can optimize the parameters: they were passed, and are real.
+
+    Every method asks this in ``init`` and in ``update``.
+
+    Args:
+      params: The argument as the method received it.
+      method: Name of the method, for the message.
+
+    Raises:
+      ValueError: If ``params`` is None.
+      TypeError: If a parameter is complex.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_params({"w": jnp.ones(2, "complex64")}, "lsr1")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      TypeError: lsr1: parameters must be real, got complex64 at ['w']; ...
+    """
+    check_given(params, method)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{method}: parameters must be real, got {dtype} at {jax.tree_util.keystr(path)}; "
+                "let the real and imaginary parts be two parameters that the objective joins by "
+                "jax.lax.complex, or leave it to another optimizer by so.partition."
+            )
 
 
 def check_has_arrays(params: Any, method: str) -> None:

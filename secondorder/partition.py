@@ -13,7 +13,7 @@ import chex
 import jax
 import optax
 
-from secondorder.objective import check_params, reparametrize
+from secondorder.objective import check_given, reparametrize
 
 Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
 
@@ -161,7 +161,7 @@ def _with_whole(
         params: chex.ArrayTree | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, Any]:
-        check_params(params, name)
+        check_given(params, name)
         return tx.update(updates, state, params, **extra_args, **{_WHOLE: params})
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -24,7 +24,7 @@ FLOORS = (
     ("objective", "tree"),
     ("layers", "factors", "solvers", "control"),
     ("operators",),
-    ("accumulate", "methods", "metrics", "partition", "spectra"),
+    ("accumulate", "line_search", "methods", "metrics", "partition", "spectra"),
     ("flax",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
