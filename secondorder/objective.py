@@ -292,7 +292,7 @@ def check_given(params: Any, method: str) -> None:
 def check_params(params: Any, method: str) -> None:
     """Raises unless a method can optimize the parameters: they were passed, and are real.
 
-    Every method asks this in ``init`` and in ``update``.
+    Every method asks this in ``init``; for ``update`` see `check_has_arrays`.
 
     Args:
       params: The argument as the method received it.
@@ -320,17 +320,19 @@ def check_params(params: Any, method: str) -> None:
 
 
 def check_has_arrays(params: Any, method: str) -> None:
-    """Raises if there is nothing to optimize.
+    """Raises unless there is something to optimize: `check_params`, and at least one array.
 
     This is for ``update``: ``init`` may be given a placeholder, as by `optax.tree_map_params`.
 
     Args:
-      params: The parameters.
+      params: The argument as ``update`` received it.
       method: Name of the method, for the message.
 
     Raises:
-      ValueError: If they are a tree without leaves.
+      ValueError: If ``params`` is None, or a tree without leaves.
+      TypeError: If a parameter is complex.
     """
+    check_params(params, method)
     if not jax.tree.leaves(params):
         raise ValueError(f"{method}: `params` has no arrays, got {params!r}.")
 

@@ -1,5 +1,8 @@
 """Methods on a part of the parameters."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 import secondorder as so
+from secondorder.tree import label_blocks
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype("float32")
 Y = np.sin(X[:, :1])
@@ -88,6 +92,35 @@ def test_a_prefix_a_full_tree_and_a_function_label_alike():
         for given in (labels(), full, lambda params: labels())
     ]
     assert_close(results[1:], [results[0]] * 2, rtol=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A pytree that can be called, as modules of Equinox are."""
+
+    body: Any
+    head: Any
+
+    def __call__(self, x):
+        raise AssertionError("neither a mask nor labels are to be called")
+
+
+def test_masks_and_labels_may_be_callable_modules():
+    params = Module(**params_of())
+    objective = so.Objective(lambda p: model(vars(p), X), OBJECTIVE.loss)
+    masked = so.masked(so.newton_cg(), Module(body=True, head=False))
+    parts = {"on": so.newton_cg(), "off": optax.identity()}
+    labeled = so.partition(parts, Module(**labels()))
+    for tx in (masked, labeled):
+        state = tx.init(params)
+        updates, _ = jax.eval_shape(
+            lambda p, s, tx=tx: tx.update(p, s, p, value_fn=objective), params, state
+        )
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert so.mask_params(params, Module(body=True, head=False)).body is not None
+    named = label_blocks(Module(body="a", head="b"), params)
+    assert named.names == ("a", "b")
 
 
 def test_updates_of_the_rest_pass_through_a_mask():

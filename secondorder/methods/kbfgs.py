@@ -43,7 +43,7 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
-from secondorder.objective import all_finite, check_params, check_value_fn
+from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
 RefreshOrder: TypeAlias = Literal["before", "after"]
@@ -205,7 +205,7 @@ def scale_by_kbfgs(
         curvature_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByKBFGSState]:
-        check_params(params, "scale_by_kbfgs")
+        check_has_arrays(params, "scale_by_kbfgs")
         check_value_fn(value_fn, "scale_by_kbfgs")
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")

@@ -350,7 +350,7 @@ def _precondition(
         settings.preconditioner, objective, point.params, key, settings.preconditioner_probes
     )
     diagonal = jax.tree.map(lambda d: d + settings.weight_decay, estimate)
-    largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(diagonal)]))
+    largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in jax.tree.leaves(diagonal)]))
     usable = jnp.isfinite(largest) & (largest > 0)
     floor = jnp.where(usable, settings.preconditioner_floor * largest, 1)
     return jax.tree.map(

@@ -49,6 +49,7 @@ from secondorder.methods.terminal import (
 )
 from secondorder.objective import (
     all_finite,
+    check_has_arrays,
     check_params,
     value_and_aux,
     value_and_grad,
@@ -308,7 +309,7 @@ def levenberg_marquardt(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, LevenbergMarquardtState]:
         del extra_args
-        check_params(params, _NAME)
+        check_has_arrays(params, _NAME)
         curvature = curvature_objective(_NAME, value_fn, curvature_fn)
         objective: Any = value_fn
         grad = updates if grad is None else grad

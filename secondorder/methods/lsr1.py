@@ -243,7 +243,6 @@ def lsr1(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, LSR1State]:
         del extra_args
-        check_params(params, "lsr1")
         check_has_arrays(params, "lsr1")
         check_value_fn(value_fn, "lsr1")
         objective: Any = value_fn

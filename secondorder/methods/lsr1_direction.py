@@ -160,7 +160,6 @@ def scale_by_lsr1(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByLSR1State]:
         del extra_args
-        check_params(params, "scale_by_lsr1")
         check_has_arrays(params, "scale_by_lsr1")
         check_value_fn(value_fn, "scale_by_lsr1")
         objective: Any = value_fn if curvature_fn is None else curvature_fn

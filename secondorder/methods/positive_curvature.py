@@ -27,7 +27,7 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
-from secondorder.objective import all_finite, check_params, check_split
+from secondorder.objective import all_finite, check_has_arrays, check_params, check_split
 from secondorder.operators.expectation import (
     Moment,
     expected_curvature,
@@ -202,7 +202,7 @@ def scale_by_positive_curvature(
         curvature_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByPositiveCurvatureState]:
-        check_params(params, "scale_by_positive_curvature")
+        check_has_arrays(params, "scale_by_positive_curvature")
         objective: Any = value_fn if curvature_fn is None else curvature_fn
         name = "value_fn" if curvature_fn is None else "curvature_fn"
         check_split(objective, "scale_by_positive_curvature", name)

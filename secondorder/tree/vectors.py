@@ -11,7 +11,8 @@ quasi-Newton method resolves only the square root of what its Gram matrix does. 
 of that dtype instead of widening the stack, which would copy it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import chex
 import jax
@@ -38,6 +39,24 @@ def accumulation_dtype(tree: chex.ArrayTree) -> jnp.dtype:
       dtype('float32')
     """
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+
+
+def is_function(argument: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether an argument is a function, and not a pytree that can be called, such as a module.
+
+    Args:
+      argument: A function, or a pytree.
+
+    Returns:
+      Whether it is to be called.
+
+    Example:
+      >>> is_function(jnp.sin), is_function({"a": jnp.ones(2)})
+      (True, False)
+    """
+    if isinstance(argument, jax.tree_util.Partial):
+        return True
+    return callable(argument) and jax.tree_util.treedef_is_leaf(jax.tree.structure(argument))
 
 
 def zeros_vector(params: chex.ArrayTree) -> chex.ArrayTree:
