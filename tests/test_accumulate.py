@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from jax.sharding import AxisType
 
 import secondorder as so
@@ -55,6 +56,10 @@ METHODS = {
     "levenberg_marquardt": lambda: so.levenberg_marquardt(damping=0.1),
     "lrsfn": lambda: so.low_rank_saddle_free_newton(0.5, rank=3, damping=0.3),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(0.1), so.lsr1(memory_size=2)),
+    "partition": lambda: so.partition(
+        {"second": so.lsr1(memory_size=2), "first": optax.adam(0.1)},
+        {"w": "second", "b": "second", "scale": "first"},
+    ),
     "adam": lambda: optax.adam(0.1),
 }
 
@@ -186,6 +191,24 @@ def test_metrics_of_both(compiled):
     assert "lsr1/ratio" in found
 
 
+def test_a_round_can_be_interrupted(compiled):
+    tx, step = compiled
+    start = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params_of())
+    params, state = step(copy(start), tx.init(start), first(batches_of()))
+    blank = tx.init(start)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(state))
+    mapped = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf, state)
+    assert jax.tree.map(jax.typeof, restored) == jax.tree.map(jax.typeof, mapped)
+    ends = []
+    for state in (mapped, restored):
+        carry = copy(params), copy(state)
+        for _ in range(EVERY - 1):
+            carry = step(*carry, first(batches_of()))
+        ends.append(carry)
+    assert_close(ends[1], ends[0], 0)
+    assert bool(jnp.any(ends[0][0]["w"] != start["w"]))
+
+
 def seen_by(gradient, **extra_args):
     """The extra arguments that the inner transform gets, in a round of one."""
     seen = {}
@@ -314,7 +337,10 @@ def test_kbfgs_holds_the_layers_of_one_micro_batch():
     def objective_on(x):
         return so.Objective(lambda p: jnp.tanh(x @ p["w"]) @ p["v"], lambda z: jnp.mean(z**2))
 
-    tx = so.kbfgs(0.1, so.find_layers(objective_on(batch), params))
+    layers = so.find_layers(objective_on(batch), params)
+    pieces = so.Microbatches.split(objective_on, batch, 64)
+    assert str(so.find_layers(pieces, params)) == str(layers)
+    tx = so.kbfgs(0.1, layers)
 
     def temporaries(objective):
         def update(state):
@@ -326,4 +352,4 @@ def test_kbfgs_holds_the_layers_of_one_micro_batch():
     whole = temporaries(objective_on(batch))
     if not whole:
         pytest.skip("no memory analysis on this device")
-    assert temporaries(so.Microbatches.split(objective_on, batch, 64)) < whole / 4
+    assert temporaries(pieces) < whole / 4

@@ -87,18 +87,3 @@ def test_missing_arguments_are_named():
         tx.update(PARAMS, tx.init(PARAMS), value_fn=OBJECTIVE)
     with pytest.raises(ValueError, match="value_fn"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-
-
-def test_optax_alone_refuses_what_it_does_not_know():
-    """If this fails, optax has become more lenient, and the adapter says more than it must."""
-    search = SEARCHES["backtracking"]()
-    with pytest.raises(TypeError, match="curvature_fn"):
-        search.update(
-            PARAMS,
-            search.init(PARAMS),
-            PARAMS,
-            value=1.0,
-            grad=PARAMS,
-            value_fn=OBJECTIVE.without_aux(),
-            curvature_fn=CURVATURE,
-        )

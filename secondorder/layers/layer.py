@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from secondorder.layers.discovery import Discovery, FoundUse, discover
 from secondorder.layers.uses import EMBEDDING, Use
 from secondorder.layers.views import View
+from secondorder.objective import Microbatches
 from secondorder.sharding import replicate
 from secondorder.tree import leaf_paths
 
@@ -242,7 +243,7 @@ def find_layers(
 
     Args:
       objective: Maps ``(params, *args)`` to the scalar value, or to ``(value, aux)``; an
-        `Objective` or any callable.
+        `Objective`, `Microbatches` or any callable.
       params: The parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`.
       *args: Further arguments of ``objective``, such as a batch; abstract ones do.
       batch_size: Number of examples in a batch, or in one piece of `Microbatches`. Default: the
@@ -277,6 +278,8 @@ def find_layers(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"find_layers: `batch_size` must be at least 1, got {batch_size}.")
+    if isinstance(objective, Microbatches):
+        objective = objective.first()
     discovery = discover(objective, params, *args)
     leaves = describe_leaves(params)
     traced = group_uses(discovery)
