@@ -12,7 +12,7 @@ References:
   arXiv 2102.06737 ("the paper of 2021").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -45,6 +45,7 @@ from secondorder.methods.layerwise import (
     with_settings_of,
 )
 from secondorder.objective import all_finite, check_params, check_value_fn
+from secondorder.spread import devices_of
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
 RefreshOrder: TypeAlias = Literal["before", "after"]
@@ -89,6 +90,7 @@ def scale_by_kbfgs(
     refresh_order: RefreshOrder = "before",
     fallback: optax.GradientTransformation | None = None,
     strict: bool = False,
+    spread_over: Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by Kronecker-factored BFGS inverses of the layers' Hessian blocks.
 
@@ -137,6 +139,8 @@ def scale_by_kbfgs(
         them, or ``"after"``.
       fallback: Transform of the gradients of parameters in no layer. Default: their momentum.
       strict: Whether parameters in no layer are an error.
+      spread_over: Names of the axes of the parameters' mesh over which the factors of layers of
+        equal shape, and the work on them, are spread; None for all axes, ``()`` for none. Static.
 
     Returns:
       A transform whose ``update`` needs ``params`` and ``value_fn``, the objective on the current
@@ -190,7 +194,7 @@ def scale_by_kbfgs(
             count=jnp.zeros((), jnp.int32),
             momentum=jax.tree.map(jnp.zeros_like, params),
             previous_params=jax.tree.map(jnp.copy, params),
-            factors=init_factors(settings, layout, dtype),
+            factors=init_factors(settings, layout.on(devices_of(params, spread_over)), dtype),
             fallback=others.init(params),
             metrics=KBFGSMetrics(*(jnp.zeros((), jnp.int32) for _ in KBFGSMetrics._fields)),
         )
@@ -211,6 +215,7 @@ def scale_by_kbfgs(
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
 
         layer_pass = _LayerPass(layers, objective, params)
+        shared = layout.on(devices_of(params, spread_over))
         # A pass at the present parameters is the caller's own gradient, if XLA can see both.
         here = layer_pass(params) if layer_pass.merges else None
 
@@ -220,7 +225,7 @@ def scale_by_kbfgs(
 
             # 2. Factors, from the current batch at the present and at the previous parameters.
             def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
-                return _refresh(settings, layout, layer_pass, here, params, state)
+                return _refresh(settings, shared, layer_pass, here, params, state)
 
             def not_due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
                 return state.factors, state.metrics
@@ -250,7 +255,7 @@ def scale_by_kbfgs(
 
         # 3. Direction: H_a M H_g for each layer, the fallback for the rest.
         factors = new_state.factors if refresh_order == "before" else state.factors
-        direction = _direction(layers, layout, factors, new_state.momentum)
+        direction = _direction(layers, shared, factors, new_state.momentum)
         rest = new_state.momentum
         if fallback is not None:
             rest, fallback_state = others.update(updates, state.fallback, params, **extra_args)

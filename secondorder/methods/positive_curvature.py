@@ -9,7 +9,7 @@ Reference:
   training neural networks, arXiv 1802.06502 ("the paper").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -37,6 +37,7 @@ from secondorder.operators.expectation import (
 )
 from secondorder.operators.positive_curvature import block_positive_curvature
 from secondorder.solvers import conjugate_gradient
+from secondorder.spread import devices_of
 from secondorder.tree import accumulation_dtype, label_blocks
 
 Expectation: TypeAlias = Literal["approximate", "exact"]
@@ -83,6 +84,7 @@ class _Settings(NamedTuple):
     solver: SolverKind
     max_iterations: int
     residual: chex.Numeric
+    spread_over: Sequence[str] | None
 
 
 class _Direction(NamedTuple):
@@ -106,6 +108,7 @@ def scale_by_positive_curvature(
     residual: chex.Numeric = 0.1,
     fallback: optax.GradientTransformation | None = None,
     strict: bool = False,
+    spread_over: Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by the blocks of the positive-curvature Hessian.
 
@@ -138,6 +141,8 @@ def scale_by_positive_curvature(
       residual: A block ends at this residual relative to its gradient, at least 0.
       fallback: Transform of the gradients of parameters in no layer. Default: the gradient itself.
       strict: Whether parameters in no layer are an error.
+      spread_over: Names of the axes of the parameters' mesh over which blocks of equal shape are
+        spread, where they are solved directly; None for all axes, ``()`` for none. Static.
 
     Returns:
       A transform whose ``update`` needs ``params`` and a ``value_fn`` that is an `Objective`;
@@ -175,6 +180,7 @@ def scale_by_positive_curvature(
         solver=solver,
         max_iterations=max_iterations,
         residual=residual,
+        spread_over=spread_over,
     )
     _check_hyperparameters(settings)
     check_layers(layers, strict)
@@ -258,7 +264,8 @@ def _solve(
             slope_moment=settings.slope_moment,
         )
         if settings.solver == "direct":
-            leaves = solve_expected(curvatures, gradient, layers, settings.mixing)
+            devices = devices_of(params, settings.spread_over)
+            leaves = solve_expected(curvatures, gradient, layers, settings.mixing, devices)
             return _Direction(leaves, all_finite(leaves), jnp.zeros((), jnp.int32))
         operator = expected_operator(curvatures, params, layers)
     result = conjugate_gradient(

@@ -42,6 +42,7 @@ from secondorder.operators.gauss_newton import output_hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.products import matmul
 from secondorder.sharding import contract, replicate, shard_like
+from secondorder.spread import ALONE, Devices, map_by_shape
 
 Moment: TypeAlias = Literal["mean", "full"]
 
@@ -185,6 +186,7 @@ def solve_expected(
     gradient: LayerLeaves,
     layers: Layers,
     mixing: chex.Numeric,
+    devices: Devices = ALONE,
 ) -> dict[int, jax.Array]:
     r"""Solves :math:`((1 - \alpha) B + \alpha I) x = g` for every weight and every bias, exactly.
 
@@ -193,20 +195,34 @@ def solve_expected(
       gradient: ``g``, as `layer_leaves` gives it, float32 or wider.
       layers: The layers.
       mixing: :math:`\alpha` in (0, 1].
+      devices: What shares the systems of equal shape.
 
     Returns:
       ``x``, like the gradient.
     """
+    systems = list(zip(layers.layers, curvatures, strict=True))
+    weights = [
+        (layer.weight, layer.weight_view, (curvature.inputs, curvature.outputs))
+        for layer, curvature in systems
+    ]
+    biases = [
+        (layer.bias, layer.bias_view, (curvature.outputs,))
+        for layer, curvature in systems
+        if layer.bias is not None and layer.bias_view is not None
+    ]
+
+    def solve_weight(inputs: jax.Array, outputs: jax.Array, matrix: jax.Array) -> jax.Array:
+        return solve_mixed_kronecker(inputs, outputs, matrix, jnp.asarray(mixing, outputs.dtype))
+
+    def solve_bias(outputs: jax.Array, row: jax.Array) -> jax.Array:
+        return solve_mixed(outputs, row, jnp.asarray(mixing, outputs.dtype))
+
     result = {}
-    for layer, (inputs, outputs) in zip(layers.layers, curvatures, strict=True):
-        matrix = _as_matrix(layer.weight_view, gradient[layer.weight])
-        alpha = jnp.asarray(mixing, outputs.dtype)
-        solved = solve_mixed_kronecker(inputs, outputs, matrix, alpha)
-        result[layer.weight] = _as_leaf(layer.weight_view, solved, gradient[layer.weight])
-        if layer.bias is not None and layer.bias_view is not None:
-            row = _as_matrix(layer.bias_view, gradient[layer.bias])
-            solved = solve_mixed(outputs, row, alpha)
-            result[layer.bias] = _as_leaf(layer.bias_view, solved, gradient[layer.bias])
+    for solve, parts in ((solve_weight, weights), (solve_bias, biases)):
+        cases = [(*known, _as_matrix(view, gradient[leaf])) for leaf, view, known in parts]
+        solutions = map_by_shape(solve, cases, devices)
+        for (leaf, view, _), solution in zip(parts, solutions, strict=True):
+            result[leaf] = _as_leaf(view, solution, gradient[leaf])
     return result
 
 
