@@ -127,6 +127,69 @@ def _explicit(array: jax.Array) -> Any:
     return jax.typeof(array).sharding
 
 
+def check_sees_batch(method: str, params: Any) -> None:
+    """Raises inside `jax.shard_map` where each device has other examples and the same parameters.
+
+    A gradient is right there, as its sum over devices is the objective's own. Statistics of
+    examples that are no gradients would be those of one device. Only where JAX follows what varies
+    over devices, ``check_vma=True``: without, gradients are those of one device too.
+
+    Args:
+      method: Name of what needs the statistics, for messages.
+      params: The parameters.
+
+    Raises:
+      ValueError: If they do not vary over all axes that are mapped. Where each device trains a
+        model of its own they do.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_sees_batch("kbfgs", jnp.ones(2))
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    mapped = {name for name, kind in kinds if kind == AxisType.Manual}
+    followed = {name for name in mapped if _varying_axes(jax.lax.axis_index(name))}
+    if followed - set().union(*map(_varying_axes, jax.tree.leaves(params))):
+        raise ValueError(
+            f"{method} needs statistics of the whole batch, but inside jax.shard_map each device "
+            "has those of its own examples. Use jax.jit with sharded arrays instead: "
+            "docs/sharding.md. For one model on each device map with check_vma=False."
+        )
+
+
+def _varying_axes(array: jax.Array) -> Any:
+    """The mapped axes over which an array varies; the name of it changed after JAX 0.6."""
+    kind = jax.typeof(array)
+    since = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", ()) if since is None else since.varying
+
+
+def explicit_spec(array: Any) -> tuple[Any, ...] | None:
+    """How the axes of an array are sharded on an Explicit mesh.
+
+    Args:
+      array: An array, or a `jax.ShapeDtypeStruct` from a trace.
+
+    Returns:
+      For each axis the names of axes of the mesh, or None; and None outside an Explicit mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> explicit_spec(jnp.ones(2)) is None
+      True
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        sharding = array.sharding
+    else:
+        sharding = getattr(jax.typeof(array), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (len(array.shape) - len(spec))
+
+
 def replicate(array: jax.Array) -> jax.Array:
     """Gathers an array on every device of an Explicit mesh.
 

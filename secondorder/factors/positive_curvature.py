@@ -17,6 +17,7 @@ from jax.scipy.linalg import cho_solve
 from jax.typing import ArrayLike
 
 from secondorder.products import inner, matmul
+from secondorder.spread import ALONE, Devices
 
 CurvatureTransform: TypeAlias = Literal["abs", "clip", "zero"]
 
@@ -47,6 +48,7 @@ def pass_back(
     slopes: jax.Array,
     bend: jax.Array,
     transform: CurvatureTransform,
+    devices: Devices = ALONE,
 ) -> jax.Array:
     r"""The curvature in the argument of a function, from that in the output of the next layer.
 
@@ -59,6 +61,7 @@ def pass_back(
         their mean (inputs,) in place of its outer product.
       bend: ``c``, mean curvature of the function (inputs,).
       transform: ``T``, what makes it positive.
+      devices: What shares the product with the weight.
 
     Returns:
       Matrix (inputs, inputs), positive semidefinite if ``S`` and ``M`` are.
@@ -67,7 +70,12 @@ def pass_back(
       >>> pass_back(jnp.ones((1, 1)), jnp.full((1, 1), 2.0), jnp.full(1, 0.5), -jnp.ones(1), "abs")
       Array([[2.]], dtype=float32)
     """
-    inward = matmul(matmul(weight, curvature), weight.T)
+
+    def rows_inward(rows: jax.Array, curvature: jax.Array, weight: jax.Array) -> jax.Array:
+        return matmul(matmul(rows, curvature), weight.T)
+
+    whole = weight, curvature, weight
+    inward = devices.gather(devices.spread(rows_inward, *whole, in_axes=(0, None, None)))
     moment = slopes if slopes.ndim == 2 else jnp.outer(slopes, slopes)
     passed = inward * moment + jnp.diag(make_positive(bend, transform))
     return (passed + passed.T) / 2

@@ -44,7 +44,9 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_params, check_value_fn
+from secondorder.sharding import check_sees_batch
 from secondorder.spread import devices_of
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
@@ -213,6 +215,7 @@ def scale_by_kbfgs(
         check_value_fn(value_fn, "scale_by_kbfgs")
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
+        check_sees_batch("scale_by_kbfgs", params)
 
         layer_pass = _LayerPass(layers, objective, params)
         shared = layout.on(devices_of(params, spread_over))
@@ -266,7 +269,7 @@ def scale_by_kbfgs(
             moves, direction, jax.tree.map(jnp.zeros_like, direction)
         ), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("scale_by_kbfgs", init, update)
 
 
 class _LayerPass:

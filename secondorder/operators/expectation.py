@@ -110,6 +110,7 @@ def expected_curvature(
     transform: CurvatureTransform = "abs",
     input_moment: Moment = "mean",
     slope_moment: Moment = "mean",
+    devices: Devices = ALONE,
 ) -> tuple[LayerCurvature, ...]:
     r"""The approximate expectation of the positive-curvature Hessian.
 
@@ -123,6 +124,7 @@ def expected_curvature(
         averaged over cases.
       input_moment: ``"mean"``: :math:`E[x] E[x]^\top`; ``"full"``: :math:`E[x x^\top]`.
       slope_moment: The same of the first derivatives of the functions.
+      devices: What shares the products with the weights.
 
     Returns:
       For each layer its curvature, float32 or wider.
@@ -150,7 +152,7 @@ def expected_curvature(
         moments: Any = objective.mean(measure, zeros)
     else:
         moments = measure(objective, 0)
-    return _recurse(moments, params, layers, transform)
+    return _recurse(moments, params, layers, transform, devices)
 
 
 def expected_operator(
@@ -237,14 +239,18 @@ def _as_leaf(view: View, matrix: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _recurse(
-    moments: _Moments, params: chex.ArrayTree, layers: Layers, transform: CurvatureTransform
+    moments: _Moments,
+    params: chex.ArrayTree,
+    layers: Layers,
+    transform: CurvatureTransform,
+    devices: Devices,
 ) -> tuple[LayerCurvature, ...]:
     """Passes the curvature back from the last layer to the first."""
     leaves, outputs = jax.tree.leaves(params), [moments.head]
     steps = zip(layers.layers[1:], moments.slopes, moments.bends, strict=True)
     for layer, slopes, bend in reversed(list(steps)):
         weight = _as_matrix(layer.weight_view, leaves[layer.weight]).astype(bend.dtype)
-        outputs.append(pass_back(outputs[-1], weight, slopes, bend, transform))
+        outputs.append(pass_back(outputs[-1], weight, slopes, bend, transform, devices))
     pairs = zip(moments.inputs, reversed(outputs), strict=True)
     return tuple(LayerCurvature(*pair) for pair in pairs)
 
