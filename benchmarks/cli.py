@@ -12,6 +12,7 @@ from benchmarks import (
     products,
     regression,
     saddles,
+    scaling,
     sensitivity,
     train,
     tune,
@@ -32,6 +33,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "deterministic": deterministic,
     "saddles": saddles,
     "regression": regression,
+    "scaling": scaling,
     "demo": demo,
 }
 
