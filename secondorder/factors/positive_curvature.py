@@ -146,7 +146,9 @@ def solve_mixed_kronecker(
       [[2.0]]
     """
     if inputs.ndim == 2:
-        return _solve_by_eigenvectors(inputs, outputs, matrix, mixing)
+        left, rows = jnp.linalg.eigh(inputs)
+        right, columns = jnp.linalg.eigh(outputs)
+        return solve_mixed_eigenpairs(left, rows, right, columns, matrix, mixing)
     weight = (1 - mixing) * inner(inputs, inputs)
     along = _solve_shifted(outputs, matmul(inputs, matrix), weight, mixing)
     return (matrix - (1 - mixing) * jnp.outer(inputs, matmul(outputs, along))) / mixing
@@ -165,12 +167,32 @@ def _solve_shifted(
     return cho_solve((root, True), vector)
 
 
-def _solve_by_eigenvectors(
-    inputs: jax.Array, outputs: jax.Array, matrix: jax.Array, mixing: ArrayLike
+def solve_mixed_eigenpairs(
+    left: jax.Array,
+    rows: jax.Array,
+    right: jax.Array,
+    columns: jax.Array,
+    matrix: jax.Array,
+    mixing: ArrayLike,
 ) -> jax.Array:
-    """Solves the system where the bases of eigenvectors make it diagonal."""
-    left, rows = jnp.linalg.eigh(inputs)
-    right, columns = jnp.linalg.eigh(outputs)
+    r"""`solve_mixed_kronecker` where the bases of eigenvectors make the system diagonal.
+
+    Args:
+      left: Eigenvalues of ``A``, (i,).
+      rows: Its eigenvectors as columns, (i, i).
+      right: Eigenvalues of ``S``, (o,).
+      columns: Its eigenvectors, (o, o).
+      matrix: ``V``, (i, o).
+      mixing: :math:`\alpha` in (0, 1].
+
+    Returns:
+      ``X``, matrix (i, o).
+
+    Example:
+      >>> one = jnp.ones(1), jnp.eye(1)
+      >>> solve_mixed_eigenpairs(*one, 3 * one[0], one[1], 4 * jnp.ones((1, 1)), 0.5).tolist()
+      [[2.0]]
+    """
     rotated = matmul(matmul(rows.T, matrix), columns)
     # Negative eigenvalues are rounding errors.
     curvature = jnp.outer(jnp.maximum(left, 0), jnp.maximum(right, 0))

@@ -26,6 +26,7 @@ from secondorder.factors.positive_curvature import (
     kronecker_product,
     pass_back,
     solve_mixed,
+    solve_mixed_eigenpairs,
     solve_mixed_kronecker,
 )
 from secondorder.layers import Layers
@@ -204,8 +205,8 @@ def solve_expected(
     """
     systems = list(zip(layers.layers, curvatures, strict=True))
     weights = [
-        (layer.weight, layer.weight_view, (curvature.inputs, curvature.outputs))
-        for layer, curvature in systems
+        (layer.weight, layer.weight_view, known)
+        for layer, known in zip(layers.layers, _decompose(curvatures, devices), strict=True)
     ]
     biases = [
         (layer.bias, layer.bias_view, (curvature.outputs,))
@@ -213,8 +214,9 @@ def solve_expected(
         if layer.bias is not None and layer.bias_view is not None
     ]
 
-    def solve_weight(inputs: jax.Array, outputs: jax.Array, matrix: jax.Array) -> jax.Array:
-        return solve_mixed_kronecker(inputs, outputs, matrix, jnp.asarray(mixing, outputs.dtype))
+    def solve_weight(*known: jax.Array) -> jax.Array:
+        solver: Any = solve_mixed_kronecker if len(known) == 3 else solve_mixed_eigenpairs
+        return solver(*known, jnp.asarray(mixing, known[-1].dtype))
 
     def solve_bias(outputs: jax.Array, row: jax.Array) -> jax.Array:
         return solve_mixed(outputs, row, jnp.asarray(mixing, outputs.dtype))
@@ -226,6 +228,20 @@ def solve_expected(
         for (leaf, view, _), solution in zip(parts, solutions, strict=True):
             result[leaf] = _as_leaf(view, solution, gradient[leaf])
     return result
+
+
+def _decompose(
+    curvatures: Sequence[LayerCurvature], devices: Devices
+) -> list[tuple[jax.Array, ...]]:
+    """The curvatures; or where inputs have a second moment the eigenpairs of both matrices.
+
+    All matrices of one size are decomposed together, whichever side of a layer they are of.
+    """
+    if any(curvature.inputs.ndim == 1 for curvature in curvatures):
+        return list(curvatures)
+    matrices = [(matrix,) for curvature in curvatures for matrix in curvature]
+    pairs = map_by_shape(jnp.linalg.eigh, matrices, devices)
+    return [(*pairs[i], *pairs[i + 1]) for i in range(0, len(pairs), 2)]
 
 
 def _as_matrix(view: View, leaf: jax.Array) -> jax.Array:
