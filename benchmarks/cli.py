@@ -13,6 +13,7 @@ from benchmarks import (
     products,
     regression,
     saddles,
+    scaling,
     sensitivity,
     train,
     tune,
@@ -34,6 +35,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "deterministic": deterministic,
     "saddles": saddles,
     "regression": regression,
+    "scaling": scaling,
     "demo": demo,
 }
 

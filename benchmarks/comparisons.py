@@ -82,7 +82,7 @@ _ADAM = Contender("adam", {"learning_rate": (1e-3, 3e-3, 1e-2)})
 
 def _saddle_free(problem: str, batch_size: int, curvature: int, **fields: Any) -> Trial:
     """Low-rank saddle-free Newton, what it is made of, and what a user would take instead."""
-    # Two equal chunks compile once. A smaller damping changes little, as it follows the eigenvalues.
+    # Two equal chunks compile once. A smaller damping changes little: it follows the eigenvalues.
     fixed = {"rank": 10, "chunk_size": 5, "damping": 0.1}
     low_rank = Contender(
         "lrsfn",

@@ -49,6 +49,7 @@ from secondorder.methods import (
 from secondorder.metrics import metrics
 from secondorder.objective import Microbatches, Objective
 from secondorder.partition import hold_rest, mask_params, masked, partition
+from secondorder.sharding import state_shardings
 from secondorder.spectra import (
     DiagonalEstimate,
     Eigenpairs,
@@ -136,5 +137,6 @@ __all__ = [
     "scale_by_positive_curvature",
     "spectral_density",
     "spectrum",
+    "state_shardings",
     "stochastic_hessian_free",
 ]

@@ -21,7 +21,7 @@ PUBLIC = sorted(set(so.__all__) - {"__version__"})
 # `docs/architecture.md` says what each is for; a new room gets its place here.
 FLOORS = (
     ("_version", "checks", "jaxprs", "products", "sharding"),
-    ("objective", "tree"),
+    ("objective", "spread", "tree"),
     ("layers", "factors", "solvers", "control"),
     ("operators",),
     ("accumulate", "line_search", "methods", "metrics", "partition", "spectra"),

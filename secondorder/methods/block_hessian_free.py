@@ -36,6 +36,7 @@ from secondorder.methods.terminal import (
     trial_value,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import Engine, LinearOperator
 from secondorder.solvers import conjugate_gradient
@@ -347,7 +348,7 @@ def block_hessian_free(
             point.usable, new, state
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("block_hessian_free", init, update)
 
 
 def _curvature(

@@ -12,7 +12,7 @@ References:
   arXiv 2102.06737 ("the paper of 2021").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -43,7 +43,10 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
+from secondorder.sharding import check_sees_batch
+from secondorder.spread import devices_of
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
 RefreshOrder: TypeAlias = Literal["before", "after"]
@@ -88,6 +91,7 @@ def scale_by_kbfgs(
     refresh_order: RefreshOrder = "before",
     fallback: optax.GradientTransformation | None = None,
     strict: bool = False,
+    spread_over: Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by Kronecker-factored BFGS inverses of the layers' Hessian blocks.
 
@@ -136,6 +140,8 @@ def scale_by_kbfgs(
         them, or ``"after"``.
       fallback: Transform of the gradients of parameters in no layer. Default: their momentum.
       strict: Whether parameters in no layer are an error.
+      spread_over: Names of the axes of the parameters' mesh over which the factors of layers of
+        equal shape, and the work on them, are spread; None for all axes, ``()`` for none. Static.
 
     Returns:
       A transform whose ``update`` needs ``params`` and ``value_fn``, the objective on the current
@@ -190,7 +196,7 @@ def scale_by_kbfgs(
             count=jnp.zeros((), jnp.int32),
             momentum=jax.tree.map(jnp.zeros_like, params),
             previous_params=jax.tree.map(jnp.copy, params),
-            factors=init_factors(settings, layout, dtype),
+            factors=init_factors(settings, layout.on(devices_of(params, spread_over)), dtype),
             fallback=others.init(params),
             metrics=KBFGSMetrics(*(jnp.zeros((), jnp.int32) for _ in KBFGSMetrics._fields)),
         )
@@ -209,8 +215,10 @@ def scale_by_kbfgs(
         check_value_fn(value_fn, "scale_by_kbfgs")
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
+        check_sees_batch("scale_by_kbfgs", params)
 
         layer_pass = LayerPass(layers, objective, params)
+        shared = layout.on(devices_of(params, spread_over))
         # A pass at the present parameters is the caller's own gradient, if XLA can see both.
         here = layer_pass(params) if layer_pass.merges else None
 
@@ -221,7 +229,7 @@ def scale_by_kbfgs(
             # 2. Factors, from the current batch at the present and at the previous parameters.
             @canonical_convolutions  # as this is done in a branch
             def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
-                return _refresh(settings, layout, layer_pass, here, params, state)
+                return _refresh(settings, shared, layer_pass, here, params, state)
 
             def not_due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
                 return state.factors, state.metrics
@@ -251,7 +259,7 @@ def scale_by_kbfgs(
 
         # 3. Direction: H_a M H_g for each layer, the fallback for the rest.
         factors = new_state.factors if refresh_order == "before" else state.factors
-        direction = _direction(layers, layout, factors, new_state.momentum)
+        direction = _direction(layers, shared, factors, new_state.momentum)
         rest = new_state.momentum
         if fallback is not None:
             rest, fallback_state = others.update(updates, state.fallback, params, **extra_args)
@@ -262,7 +270,7 @@ def scale_by_kbfgs(
             moves, direction, jax.tree.map(jnp.zeros_like, direction)
         ), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("scale_by_kbfgs", init, update)
 
 
 def _momentum(

@@ -20,6 +20,7 @@ from secondorder.layers.layer import TracedLayer
 from secondorder.methods.kbfgs_pass import AnyPass
 from secondorder.products import HIGHEST, matmul
 from secondorder.sharding import replicate
+from secondorder.spread import Devices
 
 InputFactor: TypeAlias = Literal["minibatch", "moving_average"]
 OutputInverse: TypeAlias = jax.Array | kf.InverseMemory
@@ -70,17 +71,20 @@ def init_factors(settings: Settings, layout: Layout, dtype: Any) -> KBFGSFactors
     Returns:
       The factors. Input inverses are replaced by exact ones at the first refresh.
     """
+    keep = layout.devices.keep
 
     def input_inverse(group: Group) -> jax.Array:
         if group.diagonal_input:
-            return jnp.ones((group.stack, group.inputs), dtype)
-        return _repeat(jnp.eye(group.inputs, dtype=dtype), group.stack)
+            return keep(jnp.ones((group.stack, group.inputs), dtype))
+        return keep(_repeat(jnp.eye(group.inputs, dtype=dtype), group.stack))
 
     def output_inverse(group: Group) -> OutputInverse:
         if settings.memory_size is None:
-            return _repeat(jnp.eye(group.outputs, dtype=dtype), group.stack)
+            return keep(_repeat(jnp.eye(group.outputs, dtype=dtype), group.stack))
         memory = kf.init_memory(settings.memory_size, group.outputs, dtype)
-        return kf.InverseMemory(*(_repeat(array, group.stack) for array in memory))
+        return keep_memory(
+            kf.InverseMemory(*(_repeat(array, group.stack) for array in memory)), layout.devices
+        )
 
     inverses = tuple(input_inverse(group) for group in layout.groups)
     return KBFGSFactors(
@@ -101,6 +105,19 @@ def _repeat(array: jax.Array, times: int) -> jax.Array:
 def _keeps_moment(settings: Settings, group: Group) -> bool:
     """Whether a group keeps a moving average of ``A``; a diagonal one is always kept."""
     return group.diagonal_input or settings.input_factor == "moving_average"
+
+
+def keep_memory(memory: kf.InverseMemory, devices: Devices) -> kf.InverseMemory:
+    """Splits the pairs of a stacked memory over devices; its bookkeeping is everywhere.
+
+    Args:
+      memory: The memory of a group.
+      devices: The devices.
+
+    Returns:
+      The same memory.
+    """
+    return memory._replace(s=devices.keep(memory.s), y=devices.keep(memory.y))
 
 
 # Products with the factors.
@@ -135,13 +152,33 @@ def precondition(
     Returns:
       For each layer the product.
     """
-    products = []
-    for index, stacked in enumerate(layout.join(matrices)):
-        inverse = factors.input_inverses[index]
-        stacked = stacked.astype(inverse.dtype)
-        scaled = inverse[:, :, None] * stacked if inverse.ndim == 2 else matmul(inverse, stacked)
-        products.append(output_product(factors.output_inverses[index], scaled))
+    products = [
+        _precondition_group(layout.devices, *operands)
+        for operands in zip(
+            factors.input_inverses, layout.join(matrices), factors.output_inverses, strict=True
+        )
+    ]
     return layout.split(products)
+
+
+def _precondition_group(
+    devices: Devices, inverse: jax.Array, matrices: jax.Array, output_inverse: OutputInverse
+) -> jax.Array:
+    """``H_a M H_g`` for a group, spread by blocks, or by rows where that leaves less for each."""
+    stack, rows = matrices.shape[:2]
+
+    def product(inverse: jax.Array, matrices: jax.Array, output_inverse: OutputInverse) -> Any:
+        matrices = matrices.astype(inverse.dtype)
+        diagonal = inverse.ndim == 2
+        scaled = inverse[:, :, None] * matrices if diagonal else matmul(inverse, matrices)
+        return output_product(output_inverse, scaled)
+
+    by_blocks, by_rows = devices.share(stack) / stack, devices.share(rows) / rows
+    axes = (0, 0, 0) if by_blocks <= by_rows else (1, 1 if inverse.ndim == 2 else None, None)
+    result = devices.spread(
+        product, inverse, matrices, output_inverse, in_axes=axes, out_axes=axes[0]
+    )
+    return replicate(result)
 
 
 # Measurement of a batch, by group.

@@ -36,6 +36,7 @@ from secondorder.methods.terminal import (
     scaled_step,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import check_params
 from secondorder.products import inner, matmul
 from secondorder.sharding import replicate
@@ -304,7 +305,7 @@ def krylov_subspace_descent(
         )
         return step, keep_unless(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("krylov_subspace_descent", init, update)
 
 
 def _check(settings: _Settings) -> None:

@@ -47,6 +47,7 @@ from secondorder.methods.terminal import (
     value_dtype,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import (
     all_finite,
     check_has_arrays,
@@ -355,7 +356,7 @@ def levenberg_marquardt(
         step = jax.tree.map(lambda s: jnp.where(taken, s, jnp.zeros_like(s)), trial.step)
         return step, keep_unless(point.usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("levenberg_marquardt", init, update)
 
 
 def _check_systems(settings: SystemSettings) -> None:

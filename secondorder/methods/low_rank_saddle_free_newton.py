@@ -39,6 +39,7 @@ from secondorder.methods.low_rank_settings import (
     check_settings,
 )
 from secondorder.methods.terminal import curvature_objective, keep_unless, zero_metrics
+from secondorder.methods.transform import make_transform
 from secondorder.objective import Microbatches, all_finite, check_has_arrays, check_params
 from secondorder.operators.hessian import HessianMode
 from secondorder.sharding import replicated_zeros, shard_like
@@ -283,7 +284,7 @@ def scale_by_low_rank_saddle_free_newton(
         )
         return step, _keep(usable, usable_products, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("scale_by_low_rank_saddle_free_newton", init, update)
 
 
 def _refresh(
