@@ -23,6 +23,18 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
 
 
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--epochs``, ``--seconds`` and ``--gradients``."""
+    parser.add_argument("--epochs", type=int, metavar="N", help="stop after N epochs")
+    parser.add_argument("--seconds", type=float, metavar="S", help="stop after S training seconds")
+    parser.add_argument(
+        "--gradients",
+        type=float,
+        metavar="G",
+        help="stop after evaluations and products that cost as much as G gradients of a batch",
+    )
+
+
 def add_record_every(parser: argparse.ArgumentParser) -> None:
     """Adds ``--record-every``."""
     parser.add_argument(

@@ -1,152 +1,180 @@
-"""``compare``: plots the records of several runs over updates, over gradients and over seconds."""
+"""``compare``: tunes and trains the methods of a named comparison, and writes tables and plots."""
 
 import argparse
+import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.display import LOSS_COLUMNS, console, print_table
-from benchmarks.plotting import Line, save_panels
-from benchmarks.records import Record
-from benchmarks.settings import SettingError
+from benchmarks.arguments import add_data_dir
+from benchmarks.comparisons import COMPARISONS, Contender, Trial
+from benchmarks.data import DataOptions, Splits
+from benchmarks.display import LOSS_COLUMNS, console, print_table, progress_bar, watch
+from benchmarks.methods import METHODS
+from benchmarks.plot import RecordedRun, axes, read_runs
+from benchmarks.plotting import save_panels
+from benchmarks.problems import PROBLEMS
+from benchmarks.records import open_writer, versions
+from benchmarks.settings import SettingError, Settings
+from benchmarks.sweeps import label
+from benchmarks.training import Run, RunOptions
 
-# What the losses are plotted over, by the names in the records. Earlier records have no time of
-# the processor.
-_AXES = {
-    "step": "updates",
-    "gradients": "gradients of a batch, and work that costs as much",
-    "cpu_seconds": "training seconds of the processor, without compilation",
-    "seconds": "training seconds, without compilation",
-}
-_COLUMNS = ("run", "updates", "gradients", "seconds", *LOSS_COLUMNS)
-_RUN_SETTINGS = ("batch_size", "curvature_batch_size", "seed")
+_COLUMNS = ("method", "settings", "updates", "gradients", "seconds", *LOSS_COLUMNS)
 
 
-class RecordedRun:
-    """The records of one run, as ``train`` and ``sensitivity`` write them.
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The best run of a contender.
 
     Attributes:
-        header: The first record, which describes the run.
-        records: All of them.
+        contender: The contender.
+        point: The settings that were best.
+        run: Its records.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.header, self.records = records[0], records
-
-    @property
-    def name(self) -> str:
-        """Problem and method."""
-        return f"{self.header['problem']} {self.header['method']}"
-
-    @property
-    def settings(self) -> Record:
-        """Settings of the method and of the run."""
-        return {
-            **self.header["settings"],
-            **{name: self.header.get(name) for name in _RUN_SETTINGS},
-        }
-
-    def line(self, axis: str, label: str) -> Line:
-        """The finite training losses over one of the axes."""
-        points = [(record[axis], record["train_loss"]) for record in self.records]
-        finite = [(x, loss) for x, loss in points if loss is not None and math.isfinite(loss)]
-        return Line(label, [x for x, _ in finite], [loss for _, loss in finite])
+    contender: Contender
+    point: Settings
+    run: RecordedRun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument(
-        "--runs",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="records of train or sensitivity, of one run or of several",
-    )
-    parser.add_argument("--png", type=Path, metavar="FILE", help="the plot")
-    parser.add_argument("--title", help="default: the problem")
+    parser.add_argument("comparison", choices=sorted(COMPARISONS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("comparisons"), metavar="DIR")
+    parser.add_argument("--only", metavar="TRIAL", help="this one of its trials")
+    parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
+    parser.add_argument("--quick", action="store_true", help="little data and work")
+    add_data_dir(parser)
+
+
+def catalogue() -> str:
+    """The comparisons with their trials."""
+    lines = [
+        f"  {name:28} {', '.join(trial.name for trial in trials)}"
+        for name, trials in COMPARISONS.items()
+    ]
+    return "\n".join(["comparisons:", *lines])
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    runs = [run for path in args.runs for run in read_runs(path)]
-    labels = label_runs(runs)
-    title = args.title or ", ".join(dict.fromkeys(run.header["problem"] for run in runs))
-    print_table(
-        title, _COLUMNS, [_row(run, label) for run, label in zip(runs, labels, strict=True)]
-    )
-    if args.png is not None:
-        panels = {
-            description: [run.line(axis, label) for run, label in zip(runs, labels, strict=True)]
-            for axis, description in axes(runs).items()
-        }
-        save_panels(args.png, title, panels)
-        console.print(f"Plot: {args.png}", highlight=False)
+    for trial in _trials(args):
+        options = DataOptions.from_environment(args.data_dir, trial.train_size, trial.test_size)
+        splits = PROBLEMS[trial.problem].load(options)
+        outcomes = list(_outcomes(trial, splits, args.out / trial.problem, args.seed))
+        _report(trial, outcomes, args.out)
     return 0
 
 
-def read_runs(path: Path) -> list[RecordedRun]:
-    """The runs of a file, each of which begins with a record that has its settings.
-
-    Args:
-        path: The file.
-
-    Returns:
-        At least one run.
-
-    Raises:
-        SettingError: No such file, or no records of training.
-    """
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{path} is not a file of records: {error}") from error
-    if not records or not all({"step", "gradients", "train_loss"} <= set(r) for r in records):
-        raise SettingError(f"{path} has no records of training runs.")
-    if "settings" not in records[0]:
-        raise SettingError(f"{path} does not begin with the first record of a run.")
-    return [RecordedRun(group) for group in _groups(records)]
+def _trials(args: argparse.Namespace) -> list[Trial]:
+    trials = [t for t in COMPARISONS[args.comparison] if args.only in (None, t.name)]
+    if not trials:
+        names = ", ".join(trial.name for trial in COMPARISONS[args.comparison])
+        raise SettingError(f"{args.comparison} has no trial {args.only}; it has: {names}.")
+    return [trial.shortened() if args.quick else trial for trial in trials]
 
 
-def axes(runs: Sequence[RecordedRun]) -> Mapping[str, str]:
-    """Updates, gradients and one kind of seconds: the processor's where all runs have them."""
-    missing = "seconds" if all("cpu_seconds" in run.header for run in runs) else "cpu_seconds"
-    return {axis: description for axis, description in _AXES.items() if axis != missing}
+def _outcomes(trial: Trial, splits: Splits, folder: Path, seed: int) -> Iterator[Outcome]:
+    """The best run of every contender; runs that are on file are not repeated."""
+    chosen: dict[str, Settings] = {}
+    for contender in trial.contenders:
+        points = [chosen[contender.like]] if contender.like else list(contender.points())
+        runs = [_recorded(trial, contender, point, splits, folder, seed) for point in points]
+        point, best = min(zip(points, runs, strict=True), key=lambda pair: _rank(pair[1]))
+        chosen[contender.label] = point
+        yield Outcome(contender, point, best)
 
 
-def label_runs(runs: Sequence[RecordedRun]) -> list[str]:
-    """The method of each run, and the settings in which runs of the method differ."""
-    return [_label(run, [other for other in runs if other.name == run.name]) for run in runs]
+def _recorded(
+    trial: Trial, contender: Contender, point: Settings, splits: Splits, folder: Path, seed: int
+) -> RecordedRun:
+    """The records of a run, from its file if it was finished before."""
+    options = RunOptions(
+        PROBLEMS[trial.problem],
+        METHODS[contender.method],
+        overrides=point,
+        gradients=trial.gradients,
+        seed=seed,
+        batch_size=trial.batch_size,
+        curvature_batch_size=contender.curvature_batch_size,
+        records=trial.records,
+    )
+    path = folder / f"{_file_name(options, len(splits.train))}.jsonl"
+    if not path.exists():
+        _train(Run(options, splits), path, f"{trial.name}: {contender.label} {label(point)}")
+    (run,) = read_runs(path)
+    return run
 
 
-def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    for record in records:
-        if "settings" in record and group:
-            yield group
-            group = []
-        group.append(record)
-    yield group
+def _file_name(options: RunOptions, train_size: int) -> str:
+    """All that tells a run from others on the problem."""
+    sizes = f"{train_size} {options.samples_per_step} {options.curvature_batch_size}"
+    settings = label(dict(options.overrides))
+    return f"{options.method.name} {settings} {sizes} {options.gradients:g} {options.seed}".replace(
+        " ", "_"
+    )
 
 
-def _label(run: RecordedRun, alike: Sequence[RecordedRun]) -> str:
-    own = run.settings
-    different = [
-        f"{name}={value}"
-        for name, value in own.items()
-        if any(other.settings.get(name) != value for other in alike)
-    ]
-    return " ".join([run.header["method"], *different])
+def _train(run: Run, path: Path, title: str) -> None:
+    """Trains; the file has its name only once it is whole."""
+    names = {"problem": run.options.problem.name, "method": run.options.method.name}
+    extra = {**names, **run.header(), "versions": versions()}
+    unfinished = path.with_suffix(".part")
+    unfinished.unlink(missing_ok=True)
+    with open_writer(str(unfinished)) as write, progress_bar() as progress:
+        for record in watch(run, progress, title):
+            write({**record.as_json(), **extra})
+            extra = names
+    unfinished.rename(path)
 
 
-def _row(run: RecordedRun, label: str) -> tuple[object, ...]:
+def _rank(run: RecordedRun) -> float:
     last = run.records[-1]
+    return math.inf if last["diverged"] else float(last["train_loss"])
+
+
+def _report(trial: Trial, outcomes: list[Outcome], out: Path) -> None:
+    """Prints the table; writes it, all records, and the plot."""
+    title = f"{trial.name}, {trial.gradients:g} gradients"
+    rows = [_row(outcome) for outcome in outcomes]
+    print_table(title, _COLUMNS, rows)
+    (out / f"{trial.name}.md").write_text(_markdown(rows), encoding="utf-8")
+    with (out / f"{trial.name}.jsonl").open("w", encoding="utf-8") as file:
+        for outcome in outcomes:
+            for record in outcome.run.records:
+                print(json.dumps({**record, "contender": outcome.contender.label}), file=file)
+    runs = [outcome.run for outcome in outcomes]
+    panels = {
+        description: [outcome.run.line(axis, outcome.contender.label) for outcome in outcomes]
+        for axis, description in axes(runs).items()
+    }
+    save_panels(out / f"{trial.name}.png", title, panels)
+    console.print(f"Plot, table and records: {out / trial.name}.*", highlight=False)
+
+
+def _row(outcome: Outcome) -> tuple[object, ...]:
+    last = outcome.run.records[-1]
     accuracy = last.get("test_accuracy")
     return (
-        label,
-        *(last[axis] for axis in axes([run])),
+        outcome.contender.label,
+        label({key: outcome.point[key] for key in outcome.contender.grid}) or None,
+        last["step"],
+        last["gradients"],
+        last["cpu_seconds"],
         "diverged" if last["diverged"] else last["train_loss"],
         last["test_loss"],
         None if accuracy is None else f"{accuracy:.2%}",
     )
+
+
+def _markdown(rows: list[tuple[object, ...]]) -> str:
+    """The table for a report."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *rows]
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.epochs is None and args.seconds is None:
+    if args.epochs is None and args.seconds is None and args.gradients is None:
         args.epochs = _DEFAULT_EPOCHS
     points = list(parse_grid([args.vary]))
     _check_distinct(points)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.arguments import (
     add_json,
+    add_limits,
     add_problem,
     add_record_every,
     add_settings,
@@ -51,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the runs."""
     add_problem(parser)
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of each run")
-    parser.add_argument("--seconds", type=float, metavar="S", help="training seconds of each run")
+    add_limits(parser)
     add_record_every(parser)
     add_settings(parser)
     add_json(parser)
@@ -115,6 +115,7 @@ def _options(args: argparse.Namespace, point: Settings) -> RunOptions:
         overrides=overrides,
         epochs=args.epochs,
         seconds=args.seconds,
+        gradients=args.gradients,
         seed=args.seed,
         record_every=args.record_every,
         **of_run,

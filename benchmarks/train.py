@@ -4,6 +4,7 @@ import argparse
 
 from benchmarks.arguments import (
     add_json,
+    add_limits,
     add_problem,
     add_record_every,
     add_settings,
@@ -23,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_problem(parser)
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
-    parser.add_argument("--epochs", type=int, metavar="N", help="stop after N epochs")
-    parser.add_argument("--seconds", type=float, metavar="S", help="stop after S training seconds")
+    add_limits(parser)
     add_record_every(parser)
     add_settings(parser)
     add_json(parser)
@@ -33,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 1 if the training diverged."""
     problem, method = PROBLEMS[args.problem], METHODS[args.method]
-    endless = args.epochs is None and args.seconds is None
+    endless = args.epochs is None and args.seconds is None and args.gradients is None
     options = RunOptions(
         problem,
         method,
         overrides=parse_settings(args.settings),
         epochs=_DEFAULT_EPOCHS if endless else args.epochs,
         seconds=args.seconds,
+        gradients=args.gradients,
         seed=args.seed,
         batch_size=args.batch_size,
         curvature_batch_size=args.curvature_batch_size,

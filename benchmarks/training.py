@@ -42,11 +42,14 @@ class RunOptions:
         overrides: Settings over the method's own.
         epochs: Stop after this many epochs; None for no such limit.
         seconds: Stop after this much training time; None for no such limit.
+        gradients: Stop after this much work, in gradients of one batch; None for no such limit.
         seed: Of initial parameters and shuffles.
         batch_size: None takes the problem's.
         curvature_batch_size: Samples for the curvature: the first of the batch, or the batch and
             those that follow it in the epoch; None leaves it to the method.
         record_every: Steps from one record to the next; None records at the end of each epoch.
+        records: Into how many equal parts of the work of ``gradients`` records divide a run, after
+            one of the first step.
     """
 
     problem: Problem
@@ -54,17 +57,24 @@ class RunOptions:
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     epochs: int | None = None
     seconds: float | None = None
+    gradients: float | None = None
     seed: int = 0
     batch_size: int | None = None
     curvature_batch_size: int | None = None
     record_every: int | None = None
+    records: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs is None and self.seconds is None:
-            raise SettingError("A run needs a number of epochs or of seconds.")
-        sizes = (self.batch_size, self.curvature_batch_size, self.record_every)
-        if any(limit is not None and limit <= 0 for limit in (self.epochs, self.seconds, *sizes)):
-            raise SettingError("Epochs, seconds, batch sizes and steps must be positive.")
+        limits = (self.epochs, self.seconds, self.gradients)
+        if all(limit is None for limit in limits):
+            raise SettingError("A run needs a number of epochs, of seconds or of gradients.")
+        sizes = (self.batch_size, self.curvature_batch_size, self.record_every, self.records)
+        if any(limit is not None and limit <= 0 for limit in (*limits, *sizes)):
+            raise SettingError(
+                "Epochs, seconds, gradients, batch sizes and steps must be positive."
+            )
+        if self.records is not None and self.gradients is None:
+            raise SettingError("A number of records divides a number of gradients; give that too.")
 
     @property
     def samples_per_step(self) -> int:
@@ -82,8 +92,8 @@ class EpochRecord:
     """The state of a run after an epoch, or where it stopped.
 
     Attributes:
-        epoch: Whole, except where the time ran out, the run diverged within one, or records are
-            more frequent.
+        epoch: Whole, except where a limit or a loss ended the run within one, or records are more
+            frequent.
         step: Steps so far.
         gradients: Gradients of one batch that were evaluated so far, those of line searches
             included, and what other evaluations and products cost in this unit.
@@ -139,7 +149,7 @@ class Run:
         self.initial: Metrics = self._evaluate(self._state.params, self._train)
 
     def epochs(self, on_step: StepCallback = lambda step, loss: None) -> Iterator[EpochRecord]:
-        """Trains until the epochs or the seconds are used up or the loss is not finite.
+        """Trains until one of the limits is used up or the loss is not finite.
 
         Args:
             on_step: Called after each step.
@@ -148,13 +158,14 @@ class Run:
             One record per epoch; the last may stand for a part of an epoch.
         """
         for order in itertools.islice(self._orders, self.options.epochs):
-            every = self.options.record_every or len(order)
-            for start in range(0, len(order), every):
-                is_finite = self._train_steps(order[start : start + every], on_step)
-                record = self._record(is_finite)
+            start = 0
+            while start < len(order):
+                stop = start + self._steps_to_record(len(order) - start)
+                record = self._record(self._train_steps(order[start:stop], on_step))
                 yield record
-                if record.diverged or self._is_out_of_time():
+                if record.diverged or self._is_out_of_time() or self._is_out_of_work():
                     return
+                start = stop
 
     @property
     def samples_share(self) -> float:
@@ -209,6 +220,22 @@ class Run:
         self._seconds = seconds_before + time.perf_counter() - start
         self._cpu_seconds += time.process_time() - cpu_start
         return is_finite
+
+    def _steps_to_record(self, left: int) -> int:
+        """How many of the steps that are left of an epoch are done before the next record."""
+        count, budget = min(left, self.options.record_every or left), self.options.gradients
+        if budget is None:
+            return count
+        if self._steps == 0:
+            return 1  # what a step costs is known after one
+        per_step = self._gradients() / self._steps
+        due = budget - self._gradients()
+        if self.options.records is not None:
+            due = min(due, budget / self.options.records)
+        return max(1, min(count, math.ceil(due / per_step)))
+
+    def _is_out_of_work(self) -> bool:
+        return self.options.gradients is not None and self._gradients() >= self.options.gradients
 
     def _is_out_of_time(self) -> bool:
         return self.options.seconds is not None and self._seconds >= self.options.seconds

@@ -1,8 +1,10 @@
 """Second-order optimizers for JAX as pure-functional optax transformations."""
 
 from secondorder._version import __version__
+from secondorder.accumulate import AccumulateMetrics, AccumulateState, accumulate
 from secondorder.control import DampingRule, RadiusRule
 from secondorder.layers import Layer, Layers, find_layers
+from secondorder.line_search import line_search
 from secondorder.methods import (
     BlockHessianFreeMetrics,
     BlockHessianFreeState,
@@ -54,6 +56,7 @@ from secondorder.methods import (
 from secondorder.metrics import metrics
 from secondorder.objective import Microbatches, Objective
 from secondorder.partition import hold_rest, mask_params, masked, partition
+from secondorder.sharding import state_shardings
 from secondorder.spectra import (
     DiagonalEstimate,
     Eigenpairs,
@@ -72,6 +75,8 @@ from secondorder.spectra import (
 )
 
 __all__ = [
+    "AccumulateMetrics",
+    "AccumulateState",
     "BlockHessianFreeMetrics",
     "BlockHessianFreeState",
     "DampingRule",
@@ -111,6 +116,7 @@ __all__ = [
     "Spectrum",
     "TraceEstimate",
     "__version__",
+    "accumulate",
     "block_hessian_free",
     "curvature_diagonal",
     "curvature_trace",
@@ -123,6 +129,7 @@ __all__ = [
     "kfac",
     "krylov_subspace_descent",
     "levenberg_marquardt",
+    "line_search",
     "low_rank_saddle_free_newton",
     "lsr1",
     "mask_params",
@@ -144,5 +151,6 @@ __all__ = [
     "scale_by_quadratic_model",
     "spectral_density",
     "spectrum",
+    "state_shardings",
     "stochastic_hessian_free",
 ]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.checks import check_static_count
+from secondorder.jaxprs import canonical_convolutions
 
 Params = TypeVar("Params")
 
@@ -109,8 +110,9 @@ class Microbatches(Generic[Params]):
     product linearizes each piece again, about 5 instead of 4.
 
     Args:
-      objective_on: Maps one piece of the batch to its `Objective`. The mean of these values must be
-        the objective on the whole batch, as it is for a mean over cases.
+      objective_on: Maps one piece of the batch to its `Objective`, or to any callable where no
+        split is needed. The mean of these values must be the objective on the whole batch, as it
+        is for a mean over cases.
       batches: The pieces, a pytree of arrays ``(k, ...)``; or see `split`.
 
     Example:
@@ -174,6 +176,14 @@ class Microbatches(Generic[Params]):
     def pieces(self) -> int:
         """The number of pieces, ``k``."""
         return _leading_axis(self.batches, "Microbatches: `batches`")
+
+    def first(self) -> Objective[Params]:
+        """The objective of the first piece, whose shapes and layers are those of all.
+
+        Returns:
+          The objective.
+        """
+        return self.objective_on(jax.tree.map(lambda leaf: leaf[0], self.batches))
 
     def __call__(self, params: Params) -> Any:
         """Evaluates the objective.
@@ -265,7 +275,7 @@ def _leading_axis(tree: Any, name: str) -> int:
     return lengths.pop()[0]
 
 
-def check_params(params: Any, method: str) -> None:
+def check_given(params: Any, method: str) -> None:
     """Raises if the parameters were not passed to ``update``.
 
     Args:
@@ -279,18 +289,50 @@ def check_params(params: Any, method: str) -> None:
         raise ValueError(f"{method} needs the current `params`; call {_CALL}.")
 
 
+def check_params(params: Any, method: str) -> None:
+    """Raises unless a method can optimize the parameters: they were passed, and are real.
+
+    Every method asks this in ``init``; for ``update`` see `check_has_arrays`.
+
+    Args:
+      params: The argument as the method received it.
+      method: Name of the method, for the message.
+
+    Raises:
+      ValueError: If ``params`` is None.
+      TypeError: If a parameter is complex.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_params({"w": jnp.ones(2, "complex64")}, "lsr1")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      TypeError: lsr1: parameters must be real, got complex64 at ['w']; ...
+    """
+    check_given(params, method)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{method}: parameters must be real, got {dtype} at {jax.tree_util.keystr(path)}; "
+                "let the real and imaginary parts be two parameters that the objective joins by "
+                "jax.lax.complex, or leave it to another optimizer by so.partition."
+            )
+
+
 def check_has_arrays(params: Any, method: str) -> None:
-    """Raises if there is nothing to optimize.
+    """Raises unless there is something to optimize: `check_params`, and at least one array.
 
     This is for ``update``: ``init`` may be given a placeholder, as by `optax.tree_map_params`.
 
     Args:
-      params: The parameters.
+      params: The argument as ``update`` received it.
       method: Name of the method, for the message.
 
     Raises:
-      ValueError: If they are a tree without leaves.
+      ValueError: If ``params`` is None, or a tree without leaves.
+      TypeError: If a parameter is complex.
     """
+    check_params(params, method)
     if not jax.tree.leaves(params):
         raise ValueError(f"{method}: `params` has no arrays, got {params!r}.")
 
@@ -332,7 +374,8 @@ def check_split(value_fn: Any, method: str, name: str = "value_fn") -> None:
       TypeError: If it is a plain callable, which hides the outputs of the model.
     """
     check_value_fn(value_fn, method, name)
-    if not isinstance(value_fn, Objective | Microbatches):
+    piece = value_fn.first() if isinstance(value_fn, Microbatches) else value_fn
+    if not isinstance(piece, Objective):
         raise TypeError(
             f"{method} needs the split of the objective into model and loss, and `{name}` is a "
             "plain callable; write so.Objective(lambda p: model.apply(p, x), "
@@ -406,7 +449,8 @@ def value_and_grad(value_fn: Callable[[Params], Any], params: Params) -> tuple[j
       >>> grad.tolist()
       [2.0, 2.0]
     """
-    (value, _), grad = jax.value_and_grad(value_and_aux(value_fn), has_aux=True)(params)
+    evaluate = jax.value_and_grad(value_and_aux(value_fn), has_aux=True)
+    (value, _), grad = canonical_convolutions(evaluate)(params)
     return value, grad
 
 

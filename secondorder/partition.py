@@ -13,7 +13,8 @@ import chex
 import jax
 import optax
 
-from secondorder.objective import check_params, reparametrize
+from secondorder.objective import check_given, reparametrize
+from secondorder.tree import is_function
 
 Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
 
@@ -47,7 +48,7 @@ def masked(
       >>> bool(jnp.all(updates["body"] == grad["body"]))
       True
     """
-    return _with_whole(optax.masked(_on_part(inner), mask), "masked")
+    return _with_whole(optax.masked(_on_part(inner), _as_function(mask)), "masked")
 
 
 def partition(
@@ -82,7 +83,7 @@ def partition(
       True
     """
     parts = {label: _on_part(tx) for label, tx in transforms.items()}
-    return _with_whole(optax.partition(parts, labels), "partition")
+    return _with_whole(optax.partition(parts, _as_function(labels)), "partition")
 
 
 def mask_params(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
@@ -99,7 +100,7 @@ def mask_params(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
       >>> mask_params({"head": 1.0, "body": 2.0}, {"head": True, "body": False})
       {'body': MaskedNode(), 'head': 1.0}
     """
-    tree = mask(params) if callable(mask) else mask
+    tree = _as_function(mask)(params)
     return jax.tree.map(
         lambda chosen, part: part if chosen else jax.tree.map(lambda _: optax.MaskedNode(), part),
         tree,
@@ -132,6 +133,11 @@ def hold_rest(objective: Any, params: chex.ArrayTree) -> Any:
     return reparametrize(objective, lambda moved: _merge(moved, params))
 
 
+def _as_function(tree: Any) -> Callable[[Any], Any]:
+    """What makes a mask or labels; trees may be callable too, as modules of Equinox are."""
+    return tree if is_function(tree) else lambda _: tree
+
+
 def _merge(part: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
     """All parameters, those of the part as they are there."""
     return jax.tree.map(
@@ -161,7 +167,7 @@ def _with_whole(
         params: chex.ArrayTree | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, Any]:
-        check_params(params, name)
+        check_given(params, name)
         return tx.update(updates, state, params, **extra_args, **{_WHOLE: params})
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

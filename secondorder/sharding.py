@@ -1,4 +1,4 @@
-"""Shardings of what a method computes, under any mesh.
+"""Shardings of what a method computes and keeps, under any mesh.
 
 Under Auto axes the compiler chooses, and these functions do nothing. Under Explicit axes every
 array's type carries its sharding, and an operation that would have to guess raises: there the
@@ -6,15 +6,92 @@ small dense algebra is replicated, and updates get the sharding of their paramet
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 try:
     from jax.sharding import reshard as reshard
 except ImportError:  # JAX < 0.7
     from jax.experimental.shard import reshard as reshard  # type: ignore[no-redef]
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The shardings of an optimizer's state, from those of the parameters.
+
+    What is like the parameters, such as a momentum, is sharded as they are; a stack of such vectors
+    too, with whole vectors on the leading axis. Kronecker factors of layers of equal shape are
+    split over the devices that divide their number. All else is small, and on every device. This
+    is what ``tx.init`` makes of parameters on an Explicit mesh, so that it holds for any transform.
+
+    Args:
+      tx: Any optimizer.
+      params: The parameters, or `jax.ShapeDtypeStruct` of them with ``sharding``. All on one mesh
+        of Auto or Explicit axes; leaves without a mesh count as replicated.
+
+    Returns:
+      A pytree like ``tx.init(params)``, of `jax.sharding.NamedSharding` on that mesh: for
+      ``jax.jit(tx.init, out_shardings=...)``, for the state that a compiled step takes and returns,
+      and for a state that is restored from a checkpoint.
+
+    Raises:
+      ValueError: If no parameter is on a mesh, or if they are on several.
+
+    Example:
+      >>> import jax, optax
+      >>> import secondorder as so
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+      >>> weight = jax.ShapeDtypeStruct((4, 2), "float32", sharding=place)
+      >>> shardings = so.state_shardings(so.lsr1(memory_size=3), weight)
+      >>> tuple(shardings.memory.vectors[0].spec)
+      (None, 'data', None)
+    """
+    mesh = _common_mesh(params)
+    kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+    def typed(leaf: Any) -> jax.ShapeDtypeStruct:
+        given = getattr(leaf, "sharding", None)
+        spec = given.spec if isinstance(given, NamedSharding) else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(explicit, spec))
+
+    with _enter_mesh(explicit):
+        state = jax.eval_shape(tx.init, jax.tree.map(typed, params))
+
+    def place(leaf: Any) -> NamedSharding:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(place, state)
+
+
+def _common_mesh(params: Any) -> Mesh:
+    """The mesh on which all parameters are."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
+    if len(meshes) != 1:
+        raise ValueError(
+            f"state_shardings needs parameters on one mesh, but these are on {len(meshes)}. Put "
+            "them there: jax.device_put(params, jax.sharding.NamedSharding(mesh, spec)), or give "
+            "jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+        )
+    mesh = meshes.pop()
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            "state_shardings needs a jax.sharding.Mesh of devices, not an abstract one."
+        )
+    return mesh
+
+
+def _enter_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
+    """Makes a mesh the present one; the name of it changed after JAX 0.6."""
+    enter = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh  # type: ignore[attr-defined]
+    return enter(mesh)
 
 
 def _mesh(array: jax.Array) -> Any:
@@ -23,12 +100,94 @@ def _mesh(array: jax.Array) -> Any:
     return None if mesh is None or mesh.empty else mesh
 
 
+def mesh_of(tree: Any) -> Any:
+    """The mesh that a tree of arrays is on, as their types or else the context say.
+
+    Args:
+      tree: A pytree of arrays.
+
+    Returns:
+      An abstract mesh, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mesh_of(jnp.ones(2)) is None
+      True
+    """
+    meshes = (_mesh(leaf) for leaf in jax.tree.leaves(tree))
+    present = jax.sharding.get_abstract_mesh()
+    return next((mesh for mesh in meshes if mesh is not None), None if present.empty else present)
+
+
 def _explicit(array: jax.Array) -> Any:
     """The sharding in an array's type, or None outside an Explicit mesh."""
-    mesh, explicit = _mesh(array), jax.sharding.AxisType.Explicit
+    mesh, explicit = _mesh(array), AxisType.Explicit
     if mesh is None or all(kind != explicit for kind in mesh.axis_types):
         return None
     return jax.typeof(array).sharding
+
+
+def check_sees_batch(method: str, params: Any) -> None:
+    """Raises inside `jax.shard_map` where each device has other examples and the same parameters.
+
+    A gradient is right there, as its sum over devices is the objective's own. Statistics of
+    examples that are no gradients would be those of one device. Only where JAX follows what varies
+    over devices, ``check_vma=True``: without, gradients are those of one device too.
+
+    Args:
+      method: Name of what needs the statistics, for messages.
+      params: The parameters.
+
+    Raises:
+      ValueError: If they do not vary over all axes that are mapped. Where each device trains a
+        model of its own they do.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_sees_batch("kbfgs", jnp.ones(2))
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    mapped = {name for name, kind in kinds if kind == AxisType.Manual}
+    followed = {name for name in mapped if _varying_axes(jax.lax.axis_index(name))}
+    if followed - set().union(*map(_varying_axes, jax.tree.leaves(params))):
+        raise ValueError(
+            f"{method} needs statistics of the whole batch, but inside jax.shard_map each device "
+            "has those of its own examples. Use jax.jit with sharded arrays instead: "
+            "docs/sharding.md. For one model on each device map with check_vma=False."
+        )
+
+
+def _varying_axes(array: jax.Array) -> Any:
+    """The mapped axes over which an array varies; the name of it changed after JAX 0.6."""
+    kind = jax.typeof(array)
+    since = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", ()) if since is None else since.varying
+
+
+def explicit_spec(array: Any) -> tuple[Any, ...] | None:
+    """How the axes of an array are sharded on an Explicit mesh.
+
+    Args:
+      array: An array, or a `jax.ShapeDtypeStruct` from a trace.
+
+    Returns:
+      For each axis the names of axes of the mesh, or None; and None outside an Explicit mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> explicit_spec(jnp.ones(2)) is None
+      True
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        sharding = array.sharding
+    else:
+        sharding = getattr(jax.typeof(array), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (len(array.shape) - len(spec))
 
 
 def replicate(array: jax.Array) -> jax.Array:
@@ -48,7 +207,7 @@ def replicate(array: jax.Array) -> jax.Array:
     sharding = _explicit(array)
     if sharding is None or all(axis is None for axis in sharding.spec):
         return array
-    replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
     return reshard(array, replicated)
 
 
@@ -74,7 +233,7 @@ def gather_axes(array: jax.Array, axes: Sequence[int]) -> jax.Array:
     spec = tuple(None if axis in axes else name for axis, name in enumerate(given))
     if spec == given:
         return array
-    kept = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    kept = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     return reshard(array, kept)
 
 
@@ -98,8 +257,8 @@ def merge_axes(array: jax.Array, shape: Sequence[int], axis: int) -> jax.Array:
     names = [name for name in (sharding.spec if sharding is not None else ()) if name is not None]
     if not names:
         return jnp.reshape(array, shape)
-    spec = jax.sharding.PartitionSpec(*(names[0] if i == axis else None for i in range(len(shape))))
-    merged = jax.sharding.NamedSharding(sharding.mesh, spec)
+    spec = PartitionSpec(*(names[0] if i == axis else None for i in range(len(shape))))
+    merged = NamedSharding(sharding.mesh, spec)
     return jnp.reshape(array, shape, out_sharding=merged)
 
 
@@ -138,7 +297,7 @@ def _on_mesh_of(array: jax.Array, other: jax.Array) -> jax.Array:
     sharding = _explicit(other)
     if sharding is None or _mesh(array) is not None:
         return array
-    replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
     return reshard(array, replicated)
 
 
@@ -154,8 +313,8 @@ def _out_sharding(operands: Sequence[tuple[jax.Array, Sequence[int]]]) -> dict[s
         names += [name for axis, name in enumerate(given) if axis not in contracted]
     if mesh is None:
         return {}
-    free = jax.sharding.PartitionSpec(*names)
-    return {"out_sharding": jax.sharding.NamedSharding(mesh, free)}
+    free = PartitionSpec(*names)
+    return {"out_sharding": NamedSharding(mesh, free)}
 
 
 def replicated_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
@@ -175,7 +334,7 @@ def replicated_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     zeros, present = jnp.zeros(shape, dtype), jax.sharding.get_abstract_mesh()
     if present.empty or _mesh(zeros) is not None:
         return zeros
-    return reshard(zeros, jax.sharding.NamedSharding(present, jax.sharding.PartitionSpec()))
+    return reshard(zeros, NamedSharding(present, PartitionSpec()))
 
 
 def enter_context(array: jax.Array) -> jax.Array:
@@ -195,7 +354,7 @@ def enter_context(array: jax.Array) -> jax.Array:
     mesh, present = _mesh(array), jax.sharding.get_abstract_mesh()
     if mesh is None or present.empty or mesh.axis_types == present.axis_types:
         return array
-    return reshard(array, jax.sharding.NamedSharding(present, jax.sharding.PartitionSpec()))
+    return reshard(array, NamedSharding(present, PartitionSpec()))
 
 
 def leave_context(array: jax.Array, reference: jax.Array) -> jax.Array:
@@ -216,7 +375,7 @@ def leave_context(array: jax.Array, reference: jax.Array) -> jax.Array:
     mesh, present = _mesh(reference), _mesh(array)
     if mesh is None or present is None or mesh.axis_types == present.axis_types:
         return array
-    return reshard(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    return reshard(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_like(array: jax.Array, reference: jax.Array) -> jax.Array:

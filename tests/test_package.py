@@ -20,11 +20,11 @@ PUBLIC = sorted(set(so.__all__) - {"__version__"})
 # The rooms, lowest first. A room may import itself and the floors below it, not its neighbors.
 # `docs/architecture.md` says what each is for; a new room gets its place here.
 FLOORS = (
-    ("_version", "checks", "products", "sharding"),
-    ("objective", "tree"),
+    ("_version", "checks", "jaxprs", "products", "sharding"),
+    ("objective", "spread", "tree"),
     ("layers", "factors", "solvers", "control"),
     ("operators",),
-    ("methods", "metrics", "partition", "spectra"),
+    ("accumulate", "line_search", "methods", "metrics", "partition", "spectra"),
     ("flax",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -140,8 +140,10 @@ def test_import_needs_no_extra():
         "benchmarks",
         "equinox",
         "flax",
+        "haiku",
         "hypothesis",
         "matplotlib",
+        "orbax",
         "pooch",
         "pytest",
         "rich",

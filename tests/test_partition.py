@@ -1,5 +1,9 @@
 """Methods on a part of the parameters."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import optax
 import pytest
 
 import secondorder as so
+from secondorder.tree import label_blocks
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype("float32")
 Y = np.sin(X[:, :1])
@@ -90,6 +95,35 @@ def test_a_prefix_a_full_tree_and_a_function_label_alike():
     assert_close(results[1:], [results[0]] * 2, rtol=0)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A pytree that can be called, as modules of Equinox are."""
+
+    body: Any
+    head: Any
+
+    def __call__(self, x):
+        raise AssertionError("neither a mask nor labels are to be called")
+
+
+def test_masks_and_labels_may_be_callable_modules():
+    params = Module(**params_of())
+    objective = so.Objective(lambda p: model(vars(p), X), OBJECTIVE.loss)
+    masked = so.masked(so.newton_cg(), Module(body=True, head=False))
+    parts = {"on": so.newton_cg(), "off": optax.identity()}
+    labeled = so.partition(parts, Module(**labels()))
+    for tx in (masked, labeled):
+        state = tx.init(params)
+        updates, _ = jax.eval_shape(
+            lambda p, s, tx=tx: tx.update(p, s, p, value_fn=objective), params, state
+        )
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert so.mask_params(params, Module(body=True, head=False)).body is not None
+    named = label_blocks(Module(body="a", head="b"), params)
+    assert named.names == ("a", "b")
+
+
 def test_updates_of_the_rest_pass_through_a_mask():
     params = params_of()
     tx = so.masked(so.lsr1(), MASK)
@@ -112,29 +146,44 @@ def test_curvature_of_another_batch_and_in_pieces():
     assert_close(found, whole, rtol=1e-3)
 
 
+WITHOUT_BIAS = {"body": {"w": True, "b": False}, "head": True}
+WITHOUT_WEIGHT = {"body": {"w": False, "b": True}, "head": True}
+LAYERWISE = {
+    "kbfgs": so.kbfgs,
+    "pch": functools.partial(so.positive_curvature_hessian, input_moment="full"),
+}
+
+
 @pytest.mark.parametrize(
-    ("mask", "count"),
-    [(MASK, 1), ({"body": {"w": True, "b": False}, "head": True}, 2)],
-    ids=["a layer", "a layer without its bias"],
+    ("method", "mask", "count"),
+    [
+        ("kbfgs", MASK, 1),
+        ("kbfgs", WITHOUT_BIAS, 2),
+        ("kbfgs", WITHOUT_WEIGHT, 1),
+        ("pch", WITHOUT_BIAS, 2),
+        ("pch", WITHOUT_WEIGHT, 1),
+    ],
 )
-def test_kbfgs_on_the_layers_of_a_part(mask, count):
+def test_layers_of_a_part(method, mask, count):
+    """A weight whose bias another optimizer moves is a layer; a bias alone is in none."""
     params = params_of()
     part = so.mask_params(params, mask)
     layers = so.find_layers(so.hold_rest(OBJECTIVE, params), part)
     assert len(layers) == count
-    named = jax.tree.map(lambda on: "kbfgs" if on else "adam", mask)
-    tx = so.partition({"kbfgs": so.kbfgs(0.3, layers), "adam": optax.adam(1e-2)}, named)
+    named = jax.tree.map(lambda on: "on" if on else "adam", mask)
+    tx = so.partition({"on": LAYERWISE[method](0.3, layers), "adam": optax.adam(1e-2)}, named)
     trained, _ = train(tx, params, steps=12)
     assert OBJECTIVE(trained) < 0.7 * OBJECTIVE(params)
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained, params)
     assert all(jax.tree.leaves(moved))
 
 
-def test_layers_of_all_parameters_are_refused_on_a_part():
-    params = params_of()
-    layers = so.find_layers(OBJECTIVE, params)
+@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize("mask", [MASK, WITHOUT_BIAS], ids=["layers", "half a layer"])
+def test_layers_of_all_parameters_are_refused_on_a_part(method, mask):
+    layers = so.find_layers(OBJECTIVE, params_of())
     with pytest.raises(ValueError, match="find_layers"):
-        so.masked(so.kbfgs(0.3, layers), MASK).init(params)
+        so.masked(LAYERWISE[method](0.3, layers), mask).init(params_of())
 
 
 def test_missing_parameters_name_the_argument():

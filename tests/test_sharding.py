@@ -151,14 +151,15 @@ def assert_close(result, expected, tolerance=1e-9):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=where)
 
 
-def train(optimizer, loss, params, batch, steps=3):
-    """A few steps; the updates, the states, and how often the step was traced."""
-    traces = []
+def train(optimizer, loss, params, batch, steps=3, places=(None, None)):
+    """A few steps; the updates, the states, and how often the step was compiled.
 
-    @jax.jit
+    Args:
+      places: Shardings of parameters and of the state.
+    """
+
+    @functools.partial(jax.jit, out_shardings=(places[0], places[1], places[0]))
     def step(params, state, *batch):
-        traces.append(1)
-
         def objective(p):
             return loss(p, *batch)
 
@@ -168,22 +169,18 @@ def train(optimizer, loss, params, batch, steps=3):
         )
         return updates, state, optax.apply_updates(params, updates)
 
-    state = jax.jit(optimizer.init)(params)
+    state = jax.jit(optimizer.init, out_shardings=places[1])(params)
     all_updates, states = [], [state]
     for _ in range(steps):
         updates, state, params = step(params, state, *batch)
         all_updates.append(updates)
         states.append(state)
-    return all_updates, states, len(traces)
+    return all_updates, states, step._cache_size()
 
 
-def same_shardings(actual, expected, even_replicated=True) -> bool:
+def same_shardings(actual, expected) -> bool:
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    return all(
-        a.sharding.is_equivalent_to(b.sharding, a.ndim)
-        for a, b in pairs
-        if even_replicated or not b.sharding.is_fully_replicated
-    )
+    return all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs)
 
 
 SETTINGS = {
@@ -226,12 +223,12 @@ def test_kbfgs_step(x64, kind, name, settings):
     with use_mesh(mesh):
         params = put(mesh, double(params), places)
         batch = put(mesh, double(batch), (P("data"), P("data")))
-        updates, states, traces = train(optimizer, loss, params, batch)
+        own = jax.tree.map(lambda leaf: leaf.sharding, params)
+        asked = own, so.state_shardings(optimizer, params)
+        updates, states, compilations = train(optimizer, loss, params, batch, places=asked)
     assert_close(updates, expected, 1e-6)
-    assert traces == 1
-    # Under Auto axes the compiler chooses, and may shard what was not; it decides once.
-    explicit = kind == EXPLICIT
+    assert compilations == 1
     for update in updates:
-        assert same_shardings(update, params, even_replicated=explicit)
+        assert same_shardings(update, params)
     for state in states[1:]:
-        assert same_shardings(state, states[0 if explicit else 1])
+        assert same_shardings(state, states[0])

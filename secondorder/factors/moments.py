@@ -1,7 +1,7 @@
 """Running averages of second moments, and their damped inverses."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,15 @@ def damped_inverse(matrix: jax.Array, damping: ArrayLike) -> jax.Array:
     return matmul(inverse_root.T, inverse_root)
 
 
+def _apply(function: Callable[..., Any], *stacks: jax.Array) -> Any:
+    return function(*stacks)
+
+
 def damped_inverses(
-    matrices: Sequence[jax.Array], dampings: Sequence[jax.Array], divisor: ArrayLike = 1
+    matrices: Sequence[jax.Array],
+    dampings: Sequence[jax.Array],
+    divisor: ArrayLike = 1,
+    spread: Callable[..., Any] = _apply,
 ) -> list[jax.Array]:
     """Returns ``(M/m + λI)⁻¹`` for stacks of matrices of different sizes.
 
@@ -45,6 +52,7 @@ def damped_inverses(
       matrices: stacks (S, n, n) of symmetric positive semidefinite matrices; ``n`` may differ.
       dampings: ``λ`` for each matrix of each stack, (S,), positive.
       divisor: ``m``, such as the number of examples that the matrices are sums over.
+      spread: Applies a function to stacks, as `secondorder.spread.Devices.spread` does.
 
     Returns:
       Stacks like ``matrices``; the identity in place of an inverse that is not finite.
@@ -61,7 +69,8 @@ def damped_inverses(
         margin = (0, width - matrix.shape[-1])
         return jnp.pad(matrix, ((0, 0), margin, margin))
 
-    inverses = jax.vmap(damped_inverse)(
+    inverses = spread(
+        jax.vmap(damped_inverse),
         jnp.concatenate([padded(matrix) for matrix in matrices]) / divisor,
         jnp.concatenate(list(dampings)).astype(matrices[0].dtype),
     )

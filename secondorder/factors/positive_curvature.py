@@ -17,6 +17,7 @@ from jax.scipy.linalg import cho_solve
 from jax.typing import ArrayLike
 
 from secondorder.products import inner, matmul
+from secondorder.spread import ALONE, Devices
 
 CurvatureTransform: TypeAlias = Literal["abs", "clip", "zero"]
 
@@ -47,6 +48,7 @@ def pass_back(
     slopes: jax.Array,
     bend: jax.Array,
     transform: CurvatureTransform,
+    devices: Devices = ALONE,
 ) -> jax.Array:
     r"""The curvature in the argument of a function, from that in the output of the next layer.
 
@@ -59,6 +61,7 @@ def pass_back(
         their mean (inputs,) in place of its outer product.
       bend: ``c``, mean curvature of the function (inputs,).
       transform: ``T``, what makes it positive.
+      devices: What shares the product with the weight.
 
     Returns:
       Matrix (inputs, inputs), positive semidefinite if ``S`` and ``M`` are.
@@ -67,7 +70,12 @@ def pass_back(
       >>> pass_back(jnp.ones((1, 1)), jnp.full((1, 1), 2.0), jnp.full(1, 0.5), -jnp.ones(1), "abs")
       Array([[2.]], dtype=float32)
     """
-    inward = matmul(matmul(weight, curvature), weight.T)
+
+    def rows_inward(rows: jax.Array, curvature: jax.Array, weight: jax.Array) -> jax.Array:
+        return matmul(matmul(rows, curvature), weight.T)
+
+    whole = weight, curvature, weight
+    inward = devices.gather(devices.spread(rows_inward, *whole, in_axes=(0, None, None)))
     moment = slopes if slopes.ndim == 2 else jnp.outer(slopes, slopes)
     passed = inward * moment + jnp.diag(make_positive(bend, transform))
     return (passed + passed.T) / 2
@@ -138,7 +146,9 @@ def solve_mixed_kronecker(
       [[2.0]]
     """
     if inputs.ndim == 2:
-        return _solve_by_eigenvectors(inputs, outputs, matrix, mixing)
+        left, rows = jnp.linalg.eigh(inputs)
+        right, columns = jnp.linalg.eigh(outputs)
+        return solve_mixed_eigenpairs(left, rows, right, columns, matrix, mixing)
     weight = (1 - mixing) * inner(inputs, inputs)
     along = _solve_shifted(outputs, matmul(inputs, matrix), weight, mixing)
     return (matrix - (1 - mixing) * jnp.outer(inputs, matmul(outputs, along))) / mixing
@@ -157,12 +167,32 @@ def _solve_shifted(
     return cho_solve((root, True), vector)
 
 
-def _solve_by_eigenvectors(
-    inputs: jax.Array, outputs: jax.Array, matrix: jax.Array, mixing: ArrayLike
+def solve_mixed_eigenpairs(
+    left: jax.Array,
+    rows: jax.Array,
+    right: jax.Array,
+    columns: jax.Array,
+    matrix: jax.Array,
+    mixing: ArrayLike,
 ) -> jax.Array:
-    """Solves the system where the bases of eigenvectors make it diagonal."""
-    left, rows = jnp.linalg.eigh(inputs)
-    right, columns = jnp.linalg.eigh(outputs)
+    r"""`solve_mixed_kronecker` where the bases of eigenvectors make the system diagonal.
+
+    Args:
+      left: Eigenvalues of ``A``, (i,).
+      rows: Its eigenvectors as columns, (i, i).
+      right: Eigenvalues of ``S``, (o,).
+      columns: Its eigenvectors, (o, o).
+      matrix: ``V``, (i, o).
+      mixing: :math:`\alpha` in (0, 1].
+
+    Returns:
+      ``X``, matrix (i, o).
+
+    Example:
+      >>> one = jnp.ones(1), jnp.eye(1)
+      >>> solve_mixed_eigenpairs(*one, 3 * one[0], one[1], 4 * jnp.ones((1, 1)), 0.5).tolist()
+      [[2.0]]
+    """
     rotated = matmul(matmul(rows.T, matrix), columns)
     # Negative eigenvalues are rounding errors.
     curvature = jnp.outer(jnp.maximum(left, 0), jnp.maximum(right, 0))

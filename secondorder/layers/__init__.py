@@ -1,6 +1,5 @@
 """Linear layers found in the trace of an objective, and what a batch says about them.
 
-* `jaxprs`: reading jaxprs through public names.
 * `views`: invertible rearrangements of parameters.
 * `provenance`, `matching`, `discovery`: where values come from, which equations are layers.
 * `uses`: one use of a weight in matrix form; `layer`: layers and `find_layers`; `report`.

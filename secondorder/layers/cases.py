@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from secondorder.layers import jaxprs
+from secondorder import jaxprs
 from secondorder.layers.discovery import Discovery, FoundUse, Plan, Site
 from secondorder.layers.provenance import IDENTITY
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from secondorder.layers import jaxprs
+from secondorder import jaxprs
 from secondorder.layers.discovery import Discovery, Plan, Site
 from secondorder.layers.layer import Layers, TracedLayer, trace_layers
 from secondorder.layers.probes import evaluate, make_probe, record

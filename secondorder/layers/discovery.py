@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from secondorder.layers import jaxprs
+from secondorder import jaxprs
 from secondorder.layers.matching import (
     Application,
     bias_views,

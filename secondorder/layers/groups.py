@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.layers.layer import Layer
+from secondorder.spread import ALONE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,19 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the blocks of all layers are arranged: by group, and by layer within each group."""
+    """How the blocks of all layers are arranged: by group, and by layer within each group.
+
+    Attributes:
+      groups: The groups.
+      devices: What shares the work on the stacks of a group.
+    """
 
     groups: tuple[Group, ...]
+    devices: Devices = ALONE
+
+    def on(self, devices: Devices) -> "Layout":
+        """The same arrangement on some devices."""
+        return dataclasses.replace(self, devices=devices)
 
     def join(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Stacks one array per layer into one per group.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from secondorder.layers.discovery import Discovery, FoundUse, discover
 from secondorder.layers.uses import EMBEDDING, Use
 from secondorder.layers.views import View
+from secondorder.objective import Microbatches
 from secondorder.sharding import replicate
 from secondorder.tree import leaf_paths
 
@@ -242,11 +243,11 @@ def find_layers(
 
     Args:
       objective: Maps ``(params, *args)`` to the scalar value, or to ``(value, aux)``; an
-        `Objective` or any callable.
+        `Objective`, `Microbatches` or any callable.
       params: The parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`.
       *args: Further arguments of ``objective``, such as a batch; abstract ones do.
-      batch_size: Number of examples in a batch. Default: the most common length of the leading
-        axis of the layers' inputs, at every trace anew.
+      batch_size: Number of examples in a batch, or in one piece of `Microbatches`. Default: the
+        most common length of the leading axis of the layers' inputs, at every trace anew.
       exclude: Called with the path of each weight, such as ``"encoder/kernel"``; layers for which
         it is true are left to the fallback of the method.
 
@@ -277,6 +278,8 @@ def find_layers(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"find_layers: `batch_size` must be at least 1, got {batch_size}.")
+    if isinstance(objective, Microbatches):
+        objective = objective.first()
     discovery = discover(objective, params, *args)
     leaves = describe_leaves(params)
     traced = group_uses(discovery)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from secondorder.layers import jaxprs
+from secondorder import jaxprs
 from secondorder.layers.discovery import Discovery, Plan, Site
 from secondorder.sharding import enter_context, leave_context, reshard
 

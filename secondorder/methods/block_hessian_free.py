@@ -36,6 +36,7 @@ from secondorder.methods.terminal import (
     trial_value,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import Engine, LinearOperator
 from secondorder.solvers import conjugate_gradient
@@ -347,7 +348,7 @@ def block_hessian_free(
             point.usable, new, state
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("block_hessian_free", init, update)
 
 
 def _curvature(
@@ -376,7 +377,7 @@ def _mean_diagonal(
     matrix: LinearOperator, params: chex.ArrayTree, blocks: Blocks, key: jax.Array
 ) -> jax.Array:
     """An unbiased estimate of the mean of the diagonal of each block ``(L,)``, not negative."""
-    signs = vectors.random_vector(jax.random.rademacher, key, params)
+    signs = vectors.random_vector("rademacher", key, params)
     leaves = jax.tree.leaves(params)
     sizes = [sum(leaves[i].size for i in blocks.leaves_of(b)) for b in range(len(blocks))]
     traces = vectors.block_inner(blocks, signs, matrix(signs))

@@ -38,6 +38,7 @@ from secondorder.methods.terminal import (
     scaled_step,
     trial_value,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_params
 from secondorder.solvers import conjugate_gradient
 
@@ -222,7 +223,7 @@ def gauss_newton(
         step = scaled_step(point.params, solution.direction, search.rate)
         return step, keep_unless(point.usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("gauss_newton", init, update)
 
 
 def _average(

@@ -53,6 +53,7 @@ from secondorder.methods.terminal import (
     scaled_step,
     trial_value,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import check_params
 from secondorder.solvers import CGResult, conjugate_gradient
 
@@ -277,7 +278,7 @@ def hessian_free(
         step = scaled_step(point.params, chosen.solution, search.rate * point.usable)
         return step, keep_unless(point.usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("hessian_free", init, update)
 
 
 def stochastic_hessian_free(

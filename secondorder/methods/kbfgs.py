@@ -13,7 +13,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -23,20 +23,19 @@ import optax
 
 from secondorder import factors as kf
 from secondorder.checks import check_choice, check_range, check_static_count, is_number
+from secondorder.jaxprs import canonical_convolutions
 from secondorder.layers.groups import Layout, arrange_layers
-from secondorder.layers.layer import Layers, check_leaves, trace_layers
-from secondorder.layers.probes import record
-from secondorder.layers.statistics import dense_rows
+from secondorder.layers.layer import Layers, check_leaves
 from secondorder.layers.uses import curvature_dtype
 from secondorder.methods.kbfgs_factors import (
     InputFactor,
     KBFGSFactors,
-    Pass,
     Settings,
     init_factors,
     measure,
     precondition,
 )
+from secondorder.methods.kbfgs_pass import AnyPass, LayerPass
 from secondorder.methods.kbfgs_update import KBFGSMetrics, count_pairs, refresh, unchanged
 from secondorder.methods.layerwise import (
     WeightDecayForm,
@@ -45,7 +44,10 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
-from secondorder.objective import all_finite, check_params, check_value_fn
+from secondorder.methods.transform import make_transform
+from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
+from secondorder.sharding import check_sees_batch
+from secondorder.spread import devices_of
 
 MomentumForm: TypeAlias = Literal["ema", "heavy_ball"]
 RefreshOrder: TypeAlias = Literal["before", "after"]
@@ -90,6 +92,7 @@ def scale_by_kbfgs(
     refresh_order: RefreshOrder = "before",
     fallback: optax.GradientTransformation | None = None,
     strict: bool = False,
+    spread_over: Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by Kronecker-factored BFGS inverses of the layers' Hessian blocks.
 
@@ -139,11 +142,14 @@ def scale_by_kbfgs(
         them, or ``"after"``.
       fallback: Transform of the gradients of parameters in no layer. Default: their momentum.
       strict: Whether parameters in no layer are an error.
+      spread_over: Names of the axes of the parameters' mesh over which the factors of layers of
+        equal shape, and the work on them, are spread; None for all axes, ``()`` for none. Static.
 
     Returns:
       A transform whose ``update`` needs ``params`` and ``value_fn``, the objective on the current
-      batch; ``curvature_fn``, an objective on another batch, replaces it for curvature. Batches
-      whose value or gradients are not finite give a zero update and change only a counter.
+      batch; ``curvature_fn``, an objective on another batch, replaces it for curvature. Of
+      `Microbatches` the layers' inputs and outputs are held for one piece at a time. Batches whose
+      value or gradients are not finite give a zero update and change only a counter.
 
     Raises:
       ValueError: For hyperparameters out of range, or with ``strict`` for a parameter in no layer.
@@ -192,7 +198,7 @@ def scale_by_kbfgs(
             count=jnp.zeros((), jnp.int32),
             momentum=jax.tree.map(jnp.zeros_like, params),
             previous_params=jax.tree.map(jnp.copy, params),
-            factors=init_factors(settings, layout, dtype),
+            factors=init_factors(settings, layout.on(devices_of(params, spread_over)), dtype),
             fallback=others.init(params),
             metrics=KBFGSMetrics(*(jnp.zeros((), jnp.int32) for _ in KBFGSMetrics._fields)),
         )
@@ -207,13 +213,15 @@ def scale_by_kbfgs(
         curvature_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByKBFGSState]:
-        check_params(params, "scale_by_kbfgs")
+        check_has_arrays(params, "scale_by_kbfgs")
         check_value_fn(value_fn, "scale_by_kbfgs")
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, "scale_by_kbfgs", "curvature_fn")
         told = dataclasses.replace(settings, damping=extra_args.get("damping", damping))
+        check_sees_batch("scale_by_kbfgs", params)
 
-        layer_pass = _LayerPass(layers, objective, params)
+        layer_pass = LayerPass(layers, objective, params)
+        shared = layout.on(devices_of(params, spread_over))
         # A pass at the present parameters is the caller's own gradient, if XLA can see both.
         here = layer_pass(params) if layer_pass.merges else None
 
@@ -222,8 +230,9 @@ def scale_by_kbfgs(
             averaged = _momentum(state.momentum, updates, momentum, momentum_form)
 
             # 2. Factors, from the current batch at the present and at the previous parameters.
+            @canonical_convolutions  # as this is done in a branch
             def due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
-                return _refresh(told, layout, layer_pass, here, params, state)
+                return _refresh(told, shared, layer_pass, here, params, state)
 
             def not_due(state: ScaleByKBFGSState) -> tuple[KBFGSFactors, KBFGSMetrics]:
                 return state.factors, state.metrics
@@ -253,7 +262,7 @@ def scale_by_kbfgs(
 
         # 3. Direction: H_a M H_g for each layer, the fallback for the rest.
         factors = new_state.factors if refresh_order == "before" else state.factors
-        direction = _direction(layers, layout, factors, new_state.momentum)
+        direction = _direction(layers, shared, factors, new_state.momentum)
         rest = new_state.momentum
         if fallback is not None:
             rest, fallback_state = others.update(updates, state.fallback, params, **extra_args)
@@ -264,22 +273,7 @@ def scale_by_kbfgs(
             moves, direction, jax.tree.map(jnp.zeros_like, direction)
         ), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class _LayerPass:
-    """Probed passes over one batch: the objective is traced once, and evaluated at any point."""
-
-    def __init__(self, layers: Layers, objective: Any, params: chex.ArrayTree) -> None:
-        self.discovery, self.traced, self.batch_size = trace_layers(layers, objective, params)
-
-    @property
-    def merges(self) -> bool:
-        """Whether XLA merges a pass with the caller's gradient at the same point."""
-        return self.discovery.plan.merges
-
-    def __call__(self, params: chex.ArrayTree) -> Pass:
-        return Pass(self.traced, record(self.discovery, params), self.batch_size)
+    return make_transform("scale_by_kbfgs", init, update)
 
 
 def _momentum(
@@ -293,21 +287,17 @@ def _momentum(
 def _refresh(
     settings: Settings,
     layout: Layout,
-    layer_pass: _LayerPass,
-    here: Pass | None,
+    layer_pass: LayerPass,
+    here: AnyPass | None,
     params: chex.ArrayTree,
     state: ScaleByKBFGSState,
 ) -> tuple[KBFGSFactors, KBFGSMetrics]:
     """Updates the factors of all layers, unless the batch's curvature is not finite."""
-    here = layer_pass(params) if here is None else here
-    rows = (dense_rows(traced, here.tape) for traced in here.traced)
-    here = here._replace(inputs=tuple(rows))
-    before = layer_pass(state.previous_params)
+    here = (layer_pass(params) if here is None else here).form_inputs()
+    before = layer_pass(state.previous_params, outputs_only=True)
     with jax.named_scope("kbfgs_refresh"):
         measured = measure(settings, layout, here, params, before, state.previous_params)
-        finite = all_finite(
-            (here.tape.value, before.tape.value, here.tape.operands, measured.differences)
-        )
+        finite = all_finite((here.value, before.value, here.checked(), measured.differences))
         result = jax.lax.cond(
             finite,
             lambda factors: refresh(

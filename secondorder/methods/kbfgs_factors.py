@@ -17,9 +17,10 @@ from secondorder import factors as kf
 from secondorder.layers import statistics
 from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.layers.layer import TracedLayer
-from secondorder.layers.probes import Tape
+from secondorder.methods.kbfgs_pass import AnyPass
 from secondorder.products import HIGHEST, matmul
 from secondorder.sharding import replicate
+from secondorder.spread import Devices
 
 InputFactor: TypeAlias = Literal["minibatch", "moving_average"]
 OutputInverse: TypeAlias = jax.Array | kf.InverseMemory
@@ -59,22 +60,6 @@ class Settings:
     damping_split: kf.DampingSplit
 
 
-class Pass(NamedTuple):
-    """One probed pass over a batch.
-
-    Attributes:
-      traced: The layers, as found in the trace.
-      tape: What was recorded.
-      batch_size: Number of examples.
-      inputs: For each layer the homogeneous inputs where they are formed.
-    """
-
-    traced: tuple[TracedLayer, ...]
-    tape: Tape
-    batch_size: int
-    inputs: tuple[statistics.Rows, ...] = ()
-
-
 def init_factors(settings: Settings, layout: Layout, dtype: Any) -> KBFGSFactors:
     """The factors before the first batch: identities and empty averages.
 
@@ -86,17 +71,20 @@ def init_factors(settings: Settings, layout: Layout, dtype: Any) -> KBFGSFactors
     Returns:
       The factors. Input inverses are replaced by exact ones at the first refresh.
     """
+    keep = layout.devices.keep
 
     def input_inverse(group: Group) -> jax.Array:
         if group.diagonal_input:
-            return jnp.ones((group.stack, group.inputs), dtype)
-        return _repeat(jnp.eye(group.inputs, dtype=dtype), group.stack)
+            return keep(jnp.ones((group.stack, group.inputs), dtype))
+        return keep(_repeat(jnp.eye(group.inputs, dtype=dtype), group.stack))
 
     def output_inverse(group: Group) -> OutputInverse:
         if settings.memory_size is None:
-            return _repeat(jnp.eye(group.outputs, dtype=dtype), group.stack)
+            return keep(_repeat(jnp.eye(group.outputs, dtype=dtype), group.stack))
         memory = kf.init_memory(settings.memory_size, group.outputs, dtype)
-        return kf.InverseMemory(*(_repeat(array, group.stack) for array in memory))
+        return keep_memory(
+            kf.InverseMemory(*(_repeat(array, group.stack) for array in memory)), layout.devices
+        )
 
     inverses = tuple(input_inverse(group) for group in layout.groups)
     return KBFGSFactors(
@@ -119,17 +107,25 @@ def _keeps_moment(settings: Settings, group: Group) -> bool:
     return group.diagonal_input or settings.input_factor == "moving_average"
 
 
+def keep_memory(memory: kf.InverseMemory, devices: Devices) -> kf.InverseMemory:
+    """Splits the pairs of a stacked memory over devices; its bookkeeping is everywhere.
+
+    Args:
+      memory: The memory of a group.
+      devices: The devices.
+
+    Returns:
+      The same memory.
+    """
+    return memory._replace(s=devices.keep(memory.s), y=devices.keep(memory.y))
+
+
 # Products with the factors.
 
 
 def matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """``A B^T`` for each block, without transposing anything."""
     return jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
-
-
-def input_product(inverse: jax.Array, rows: jax.Array) -> jax.Array:
-    """``V H_a`` for the rows ``(stack, k, inputs)`` of a group."""
-    return rows * inverse[:, None, :] if inverse.ndim == 2 else matmul(rows, inverse)
 
 
 def output_product(inverse: OutputInverse, rows: jax.Array) -> jax.Array:
@@ -156,13 +152,33 @@ def precondition(
     Returns:
       For each layer the product.
     """
-    products = []
-    for index, stacked in enumerate(layout.join(matrices)):
-        inverse = factors.input_inverses[index]
-        stacked = stacked.astype(inverse.dtype)
-        scaled = inverse[:, :, None] * stacked if inverse.ndim == 2 else matmul(inverse, stacked)
-        products.append(output_product(factors.output_inverses[index], scaled))
+    products = [
+        _precondition_group(layout.devices, *operands)
+        for operands in zip(
+            factors.input_inverses, layout.join(matrices), factors.output_inverses, strict=True
+        )
+    ]
     return layout.split(products)
+
+
+def _precondition_group(
+    devices: Devices, inverse: jax.Array, matrices: jax.Array, output_inverse: OutputInverse
+) -> jax.Array:
+    """``H_a M H_g`` for a group, spread by blocks, or by rows where that leaves less for each."""
+    stack, rows = matrices.shape[:2]
+
+    def product(inverse: jax.Array, matrices: jax.Array, output_inverse: OutputInverse) -> Any:
+        matrices = matrices.astype(inverse.dtype)
+        diagonal = inverse.ndim == 2
+        scaled = inverse[:, :, None] * matrices if diagonal else matmul(inverse, matrices)
+        return output_product(output_inverse, scaled)
+
+    by_blocks, by_rows = devices.share(stack) / stack, devices.share(rows) / rows
+    axes = (0, 0, 0) if by_blocks <= by_rows else (1, 1 if inverse.ndim == 2 else None, None)
+    result = devices.spread(
+        product, inverse, matrices, output_inverse, in_axes=axes, out_axes=axes[0]
+    )
+    return replicate(result)
 
 
 # Measurement of a batch, by group.
@@ -188,9 +204,9 @@ class Measurement(NamedTuple):
 def measure(
     settings: Settings,
     layout: Layout,
-    here: Pass,
+    here: AnyPass,
     params: chex.ArrayTree,
-    before: Pass,
+    before: AnyPass,
     previous_params: chex.ArrayTree,
 ) -> Measurement:
     """Measures every layer at the present and the previous parameters, on one batch.
@@ -207,15 +223,14 @@ def measure(
       The measurement.
     """
     leaves, old_leaves = jax.tree.leaves(params), jax.tree.leaves(previous_params)
-    sums = [statistics.output_sums(traced, here.tape) for traced in here.traced]
     differences, cotangents = [], []
-    for traced, present in zip(here.traced, sums, strict=True):
-        past = statistics.output_sums(traced, before.tape)
+    for index, traced in enumerate(here.traced):
+        present, past = here.output_sums(index), before.output_sums(index)
         weights = statistics.output_weights(traced, here.batch_size)[:, None]
         weights = weights.astype(present.dtype)
         differences.append((present - past) * weights + _bias_step(traced, leaves, old_leaves))
         cotangents.append(present[:, 1] * weights[1])
-    shares = [_split_damping(settings, traced, here) for traced in here.traced]
+    shares = [_split_damping(settings, index, here) for index in range(len(here.traced))]
     return Measurement(
         differences=layout.join(differences),
         mean_cotangents=layout.join(cotangents),
@@ -235,13 +250,12 @@ def _bias_step(
     return jnp.pad(step[:, None], ((0, 0), (0, 1), (0, 0)))
 
 
-def _split_damping(
-    settings: Settings, traced: TracedLayer, point: Pass
-) -> tuple[jax.Array, jax.Array]:
+def _split_damping(settings: Settings, index: int, point: AnyPass) -> tuple[jax.Array, jax.Array]:
     """The shares of a layer's factors in the damping, each ``(blocks,)``."""
+    traced = point.traced[index]
     eigenvalues: tuple[Any, Any] = (None, None)
     if settings.damping_split == "trace":
-        eigenvalues = statistics.mean_eigenvalues(traced, point.tape, point.batch_size)
+        eigenvalues = point.mean_eigenvalues(index)
     shares = kf.split_damping(
         settings.damping,
         settings.damping_split,

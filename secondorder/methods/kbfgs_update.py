@@ -7,6 +7,7 @@ blocks of the model at once, with inner products read off the Gram matrix of the
 keeps the compiled program, and the time to compile it, small.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,18 +16,17 @@ import jax.numpy as jnp
 
 from secondorder import factors as kf
 from secondorder.checks import is_number
-from secondorder.layers import statistics
 from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.methods.kbfgs_factors import (
     KBFGSFactors,
     Measurement,
     OutputInverse,
-    Pass,
     Settings,
-    input_product,
+    keep_memory,
     matmul_transposed,
     output_product,
 )
+from secondorder.methods.kbfgs_pass import AnyPass, input_product
 from secondorder.products import matmul
 from secondorder.sharding import replicate
 
@@ -100,7 +100,7 @@ def refresh(
     layout: Layout,
     factors: KBFGSFactors,
     measured: Measurement,
-    here: Pass,
+    here: AnyPass,
     first: jax.Array,
     moved: jax.Array,
 ) -> Refreshed:
@@ -146,7 +146,7 @@ def _update_moments(
     settings: Settings,
     layout: Layout,
     factors: KBFGSFactors,
-    here: Pass,
+    here: AnyPass,
     first: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     """The moving averages of ``A``, which start from the first batch's."""
@@ -155,20 +155,14 @@ def _update_moments(
         if old is None:
             result.append(None)
             continue
-        present = _gram_of_inputs(group, here) / here.batch_size
+        present = layout.devices.keep(_gram_of_inputs(group, here)) / here.batch_size
         result.append(kf.ema(old, present, jnp.where(first, 0, settings.moment_decay)))
     return tuple(result)
 
 
-def _gram_of_inputs(group: Group, here: Pass) -> jax.Array:
+def _gram_of_inputs(group: Group, here: AnyPass) -> jax.Array:
     """The current batch's ``m A`` of a group, or its diagonal for embeddings."""
-    if group.diagonal_input:
-        counts = [statistics.input_counts(here.traced[m], here.tape) for m in group.members]
-        return replicate(concatenate(counts))
-    grams = [
-        statistics.input_gram(here.traced[m], here.tape, here.inputs[m]) for m in group.members
-    ]
-    return replicate(concatenate(grams))
+    return replicate(concatenate([here.input_gram(m) for m in group.members]))
 
 
 def _start_inputs(
@@ -176,7 +170,7 @@ def _start_inputs(
     factors: KBFGSFactors,
     moments: Sequence[jax.Array | None],
     measured: Measurement,
-    here: Pass,
+    here: AnyPass,
     first: jax.Array,
 ) -> list[jax.Array]:
     """The input inverses to update: exact ones at the start and where ``A`` is diagonal."""
@@ -190,14 +184,20 @@ def _start_inputs(
             _gram_of_inputs(layout.groups[i], here) if moment is None else moment
             for i, moment in zip(dense, known, strict=True)
         ]
-        return kf.damped_inverses(matrices, [dampings[i] for i in dense], scale)
+        inverses = kf.damped_inverses(
+            [replicate(matrix) for matrix in matrices],
+            [dampings[i] for i in dense],
+            scale,
+            layout.devices.spread,
+        )
+        return [layout.devices.keep(replicate(inverse)) for inverse in inverses]
 
     old = [factors.input_inverses[i] for i in dense]
     started = jax.lax.cond(first, exact, lambda inverses: inverses, old) if dense else []
     inverses = dict(zip(dense, started, strict=True))
     for i, moment in enumerate(moments):
         if i not in inverses and moment is not None:
-            inverses[i] = 1 / (moment + dampings[i][:, None])
+            inverses[i] = 1 / (moment + layout.devices.keep(dampings[i])[:, None])
     return [inverses[i] for i in range(len(layout.groups))]
 
 
@@ -207,21 +207,20 @@ def _update_inputs(
     inverses: Sequence[jax.Array],
     moments: Sequence[jax.Array | None],
     measured: Measurement,
-    here: Pass,
+    here: AnyPass,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     r"""BFGS with ``s = H_a \bar a`` and ``y = (A + \lambda_A I) s``."""
     mean_inputs = layout.join(
-        [
-            replicate(statistics.mean_input(traced, here.tape, 2, inputs))
-            for traced, inputs in zip(here.traced, here.inputs, strict=True)
-        ]
+        [replicate(here.mean_input(index)) for index in range(len(here.traced))]
     )
+    multiply = functools.partial(_multiply, layout, input_product)
     bases = []
     for i, group in enumerate(layout.groups):
         # Rows, each twice: s, A s, H s, H A s.
-        step = input_product(inverses[i], mean_inputs[i])
-        product = _moment_product(group, moments[i], step, here)
-        again = [input_product(inverses[i], rows) for rows in (step, product)]
+        step = multiply(inverses[i], mean_inputs[i])
+        moment = moments[i]
+        product = _batch_product(group, step, here) if moment is None else multiply(moment, step)
+        again = [multiply(inverses[i], rows) for rows in (step, product)]
         bases.append(jnp.concatenate([step, product, *again], axis=1))
 
     def change(
@@ -247,22 +246,17 @@ def _update_inputs(
     return _apply_changes(layout, inverses, bases, changes), accept
 
 
-def _moment_product(
-    group: Group, moment: jax.Array | None, rows: jax.Array, here: Pass
-) -> jax.Array:
-    """``V A`` with the average of ``A`` of a group, or ``m V A`` with the current batch's."""
-    if moment is not None:
-        return input_product(moment, rows)
+def _multiply(layout: Layout, product: Any, matrix: Any, rows: jax.Array) -> jax.Array:
+    """A product of rows with the matrices of a group, which are shared by the devices."""
+    devices = layout.devices
+    return devices.gather(devices.spread(product, matrix, devices.gather(rows)))
+
+
+def _batch_product(group: Group, rows: jax.Array, here: AnyPass) -> jax.Array:
+    """``m V A`` with the current batch's ``A`` of a group."""
     start, products = 0, []
     for member, size in zip(group.members, group.sizes, strict=True):
-        products.append(
-            statistics.gram_product(
-                here.traced[member],
-                here.tape,
-                rows[start : start + size],
-                here.inputs[member],
-            )
-        )
+        products.append(here.gram_product(member, rows[start : start + size]))
         start += size
     return replicate(concatenate(products))
 
@@ -275,11 +269,12 @@ def _update_outputs(
     measured: Measurement,
 ) -> tuple[tuple[OutputInverse, ...], jax.Array]:
     """BFGS or L-BFGS with the averaged pairs, damped and gated."""
+    multiply = functools.partial(_multiply, layout, output_product)
     bases = []
     for inverse, rows in zip(inverses, pairs, strict=True):
         # Rows: s, y, H s, H y, H H s, H H y.
-        once = output_product(inverse, rows)
-        twice = output_product(inverse, once)
+        once = multiply(inverse, rows)
+        twice = multiply(inverse, once)
         bases.append(jnp.concatenate([rows, once, twice], axis=1))
 
     def damp(
@@ -350,8 +345,13 @@ def _apply_changes(
 ) -> tuple[jax.Array, ...]:
     """Changes the dense inverses by rank two each; diagonal ones stay."""
     vectors = _combine(layout, bases, changes.grow, changes.drop)
+
+    def apply(inverse: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.vmap(kf.apply_change)(inverse, kf.Change(rows[:, 0], rows[:, 1]))
+
+    devices = layout.devices
     return tuple(
-        jax.vmap(kf.apply_change)(inverse, kf.Change(rows[:, 0], rows[:, 1]))
+        devices.keep(devices.spread(apply, inverse, devices.gather(rows)))
         if inverse.ndim == 3
         else inverse
         for inverse, rows in zip(inverses, vectors, strict=True)
@@ -368,27 +368,33 @@ def _push_pairs(
 ) -> tuple[kf.InverseMemory, ...]:
     """Adds a pair to the memory of every block."""
     vectors = _combine(layout, bases, pairs.s, pairs.y)
+    project = functools.partial(_multiply, layout, matmul_transposed)
     projections = concatenate(
-        [matmul_transposed(memory.s, rows) for memory, rows in zip(memories, vectors, strict=True)]
+        [project(memory.s, rows) for memory, rows in zip(memories, vectors, strict=True)]
     )
     books = kf.Bookkeeping(
         concatenate([memory.triangle_inverse for memory in memories]),
         concatenate([memory.accepted for memory in memories]),
         concatenate([memory.numbers for memory in memories]),
     )
-    scores = _forget_scores(settings, memories, vectors, books.numbers, projections[:, :, 0])
+    scores = _forget_scores(
+        settings, layout, memories, vectors, books.numbers, projections[:, :, 0]
+    )
     books, slots = jax.vmap(kf.extend_triangle)(books, projections[:, :, 1], accept, scores)
     parts = [layout.cut(part) for part in books]
     result = []
     for i, slot in enumerate(layout.cut(slots)):
-        pair = kf.Pair(vectors[i][:, 0], vectors[i][:, 1])
-        s, y = jax.vmap(kf.write_pair)(memories[i], pair, slot)
-        result.append(kf.InverseMemory(s, y, *(part[i] for part in parts)))
+        rows = layout.devices.gather(vectors[i])
+        pair = kf.Pair(rows[:, 0], rows[:, 1])
+        s, y = layout.devices.spread(jax.vmap(kf.write_pair), memories[i], pair, slot)
+        memory = kf.InverseMemory(s, y, *(part[i] for part in parts))
+        result.append(keep_memory(memory, layout.devices))
     return tuple(result)
 
 
 def _forget_scores(
     settings: Settings,
+    layout: Layout,
     memories: Sequence[kf.InverseMemory],
     vectors: Sequence[jax.Array],
     numbers: jax.Array,
@@ -399,5 +405,6 @@ def _forget_scores(
         return kf.forget_scores(numbers, None, products, "oldest")
     squares = _grams(vectors)[:, 0, 0]
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    grams = _grams([memory.s for memory in memories])
+    gram = functools.partial(_multiply, layout, matmul_transposed)
+    grams = concatenate([gram(memory.s, memory.s) for memory in memories])
     return jax.vmap(kf.forget_scores)(numbers, grams, products / norms[:, None])

@@ -52,7 +52,8 @@ from secondorder.methods.layerwise import (
 )
 from secondorder.methods.quadratic_model import scale_by_quadratic_model
 from secondorder.methods.terminal import at, keep_unless
-from secondorder.objective import all_finite, check_params, check_value_fn
+from secondorder.methods.transform import make_transform
+from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
 from secondorder.sharding import replicate
 
 _NAME = "scale_by_kfac"
@@ -227,7 +228,7 @@ def scale_by_kfac(
         damping: chex.Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByKFACState]:
-        check_params(params, _NAME)
+        check_has_arrays(params, _NAME)
         check_value_fn(value_fn, _NAME)
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, _NAME, "curvature_fn")
@@ -252,7 +253,7 @@ def scale_by_kfac(
         merged = jax.tree.map(lambda d: jnp.where(finite, d, jnp.zeros_like(d)), merged)
         return merged, keep_unless(finite, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform(_NAME, init, update)
 
 
 def _refresh_if_due(

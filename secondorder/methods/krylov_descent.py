@@ -36,6 +36,7 @@ from secondorder.methods.terminal import (
     scaled_step,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import check_params
 from secondorder.products import inner, matmul
 from secondorder.sharding import replicate
@@ -304,7 +305,7 @@ def krylov_subspace_descent(
         )
         return step, keep_unless(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("krylov_subspace_descent", init, update)
 
 
 def _check(settings: _Settings) -> None:
@@ -350,7 +351,7 @@ def _precondition(
         settings.preconditioner, objective, point.params, key, settings.preconditioner_probes
     )
     diagonal = jax.tree.map(lambda d: d + settings.weight_decay, estimate)
-    largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(diagonal)]))
+    largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in jax.tree.leaves(diagonal)]))
     usable = jnp.isfinite(largest) & (largest > 0)
     floor = jnp.where(usable, settings.preconditioner_floor * largest, 1)
     return jax.tree.map(

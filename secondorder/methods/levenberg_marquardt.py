@@ -47,8 +47,10 @@ from secondorder.methods.terminal import (
     value_dtype,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import (
     all_finite,
+    check_has_arrays,
     check_params,
     value_and_aux,
     value_and_grad,
@@ -308,7 +310,7 @@ def levenberg_marquardt(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, LevenbergMarquardtState]:
         del extra_args
-        check_params(params, _NAME)
+        check_has_arrays(params, _NAME)
         curvature = curvature_objective(_NAME, value_fn, curvature_fn)
         objective: Any = value_fn
         grad = updates if grad is None else grad
@@ -354,7 +356,7 @@ def levenberg_marquardt(
         step = jax.tree.map(lambda s: jnp.where(taken, s, jnp.zeros_like(s)), trial.step)
         return step, keep_unless(point.usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("levenberg_marquardt", init, update)
 
 
 def _check_systems(settings: SystemSettings) -> None:

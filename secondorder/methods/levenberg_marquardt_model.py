@@ -242,7 +242,7 @@ def _largest_so_far(seen: Part, diagonal: Part) -> Part:
 
 def _positive(diagonal: Part) -> Part:
     """Replaces zeros, of parameters without influence, by the largest element."""
-    largest = positive_or_one(jnp.max(jnp.stack([jnp.max(d) for d in diagonal])))
+    largest = positive_or_one(jnp.max(jnp.stack([jnp.max(d, initial=0) for d in diagonal])))
     return [jnp.where(d > 0, d, largest.astype(d.dtype)) for d in diagonal]
 
 

@@ -39,7 +39,8 @@ from secondorder.methods.low_rank_settings import (
     check_settings,
 )
 from secondorder.methods.terminal import curvature_objective, keep_unless, zero_metrics
-from secondorder.objective import Microbatches, all_finite, check_params
+from secondorder.methods.transform import make_transform
+from secondorder.objective import Microbatches, all_finite, check_has_arrays, check_params
 from secondorder.operators.hessian import HessianMode
 from secondorder.sharding import replicated_zeros, shard_like
 from secondorder.solvers import Eigenpairs, Solution
@@ -244,7 +245,7 @@ def scale_by_low_rank_saddle_free_newton(
         curvature_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByLowRankSaddleFreeNewtonState]:
-        check_params(params, _NAME)
+        check_has_arrays(params, _NAME)
         check_rank(_NAME, rank, params)
         objective = _curvature_objective(eigen, value_fn, curvature_fn)
 
@@ -283,7 +284,7 @@ def scale_by_low_rank_saddle_free_newton(
         )
         return step, _keep(usable, usable_products, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("scale_by_low_rank_saddle_free_newton", init, update)
 
 
 def _refresh(

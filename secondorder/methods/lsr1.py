@@ -52,6 +52,7 @@ from secondorder.methods.terminal import (
     keep_unless,
     value_dtype,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import (
     all_finite,
     check_has_arrays,
@@ -243,7 +244,6 @@ def lsr1(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, LSR1State]:
         del extra_args
-        check_params(params, "lsr1")
         check_has_arrays(params, "lsr1")
         check_value_fn(value_fn, "lsr1")
         objective: Any = value_fn
@@ -333,7 +333,7 @@ def lsr1(
         # The memory takes care of itself: nothing that is not finite was written to it.
         return step, keep_unless(usable, control, state._replace(memory=control.memory))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("lsr1", init, update)
 
 
 def _check_kinds(radius_rule: Any, storage_dtype: Any, seed: Any) -> None:

@@ -27,6 +27,7 @@ from secondorder.methods.lsr1_pairs import (
     make_pair,
 )
 from secondorder.methods.terminal import add_decay, coarsest_resolution, keep_unless
+from secondorder.methods.transform import make_transform
 from secondorder.objective import (
     all_finite,
     check_has_arrays,
@@ -160,7 +161,6 @@ def scale_by_lsr1(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByLSR1State]:
         del extra_args
-        check_params(params, "scale_by_lsr1")
         check_has_arrays(params, "scale_by_lsr1")
         check_value_fn(value_fn, "scale_by_lsr1")
         objective: Any = value_fn if curvature_fn is None else curvature_fn
@@ -212,7 +212,7 @@ def scale_by_lsr1(
         # The memory takes care of itself: nothing that is not finite was written to it.
         return scaled, keep_unless(usable, new_state, state._replace(memory=memory))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("scale_by_lsr1", init, update)
 
 
 def _distance(params: chex.ArrayTree, previous: chex.ArrayTree) -> jax.Array:

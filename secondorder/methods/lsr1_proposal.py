@@ -1,6 +1,5 @@
 """The trial step of L-SR1: the minimizer of the model, with momentum, or a random step."""
 
-from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -160,6 +159,6 @@ def _add_momentum(
 
 def _random_step(key: jax.Array, like: chex.ArrayTree, length: jax.Array) -> chex.ArrayTree:
     """A step of a given length in a random direction."""
-    direction = vectors.random_vector(partial(jax.random.uniform, minval=-1), key, like)
+    direction = vectors.random_vector("uniform", key, like)
     norm = jnp.sqrt(vectors.inner(direction, direction))
     return jax.tree.map(lambda d: d * (length / norm), direction)

@@ -47,6 +47,7 @@ from secondorder.methods.terminal import (
     value_dtype,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import (
     all_finite,
     check_params,
@@ -333,7 +334,7 @@ def newton_cg(
         )
         return step, keep_unless(point.usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("newton_cg", init, update)
 
 
 def _check(settings: _Settings) -> None:

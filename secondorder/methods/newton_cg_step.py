@@ -92,7 +92,7 @@ def pose(
     share = norm / jnp.where(largest > 0, largest, 1)
     # At a stationary point nothing is to be solved, only something to be found.
     residual = jnp.where(is_probe, 0, jnp.minimum(forcing, share**power)).astype(norm.dtype)
-    drawn = vectors.random_vector(jax.random.normal, key, gradient)
+    drawn = vectors.random_vector("normal", key, gradient)
     right = jax.tree.map(lambda r, g: jnp.where(is_probe, r, -g), drawn, gradient)
     return Equation(right, is_probe, residual, largest)
 

@@ -9,7 +9,7 @@ Reference:
   training neural networks, arXiv 1802.06502 ("the paper").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -27,7 +27,8 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
-from secondorder.objective import all_finite, check_params, check_split
+from secondorder.methods.transform import make_transform
+from secondorder.objective import all_finite, check_has_arrays, check_params, check_split
 from secondorder.operators.expectation import (
     Moment,
     expected_curvature,
@@ -36,7 +37,9 @@ from secondorder.operators.expectation import (
     solve_expected,
 )
 from secondorder.operators.positive_curvature import block_positive_curvature
+from secondorder.sharding import check_sees_batch
 from secondorder.solvers import conjugate_gradient
+from secondorder.spread import devices_of
 from secondorder.tree import accumulation_dtype, label_blocks
 
 Expectation: TypeAlias = Literal["approximate", "exact"]
@@ -83,6 +86,7 @@ class _Settings(NamedTuple):
     solver: SolverKind
     max_iterations: int
     residual: chex.Numeric
+    spread_over: Sequence[str] | None
 
 
 class _Direction(NamedTuple):
@@ -106,6 +110,7 @@ def scale_by_positive_curvature(
     residual: chex.Numeric = 0.1,
     fallback: optax.GradientTransformation | None = None,
     strict: bool = False,
+    spread_over: Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by the blocks of the positive-curvature Hessian.
 
@@ -138,6 +143,8 @@ def scale_by_positive_curvature(
       residual: A block ends at this residual relative to its gradient, at least 0.
       fallback: Transform of the gradients of parameters in no layer. Default: the gradient itself.
       strict: Whether parameters in no layer are an error.
+      spread_over: Names of the axes of the parameters' mesh over which approximate blocks, and the
+        work on them, are spread; None for all axes, ``()`` for none. Static.
 
     Returns:
       A transform whose ``update`` needs ``params`` and a ``value_fn`` that is an `Objective`;
@@ -175,6 +182,7 @@ def scale_by_positive_curvature(
         solver=solver,
         max_iterations=max_iterations,
         residual=residual,
+        spread_over=spread_over,
     )
     _check_hyperparameters(settings)
     check_layers(layers, strict)
@@ -202,10 +210,11 @@ def scale_by_positive_curvature(
         curvature_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByPositiveCurvatureState]:
-        check_params(params, "scale_by_positive_curvature")
+        check_has_arrays(params, "scale_by_positive_curvature")
         objective: Any = value_fn if curvature_fn is None else curvature_fn
         name = "value_fn" if curvature_fn is None else "curvature_fn"
         check_split(objective, "scale_by_positive_curvature", name)
+        check_sees_batch("scale_by_positive_curvature", params)
 
         # 1. The gradients of the layers; zero if the batch is not finite.
         finite = all_finite((updates, value))
@@ -235,7 +244,7 @@ def scale_by_positive_curvature(
         count = jnp.where(moves, optax.safe_increment(state.count), state.count)
         return merged, ScaleByPositiveCurvatureState(count, fallback_state, metrics)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("scale_by_positive_curvature", init, update)
 
 
 def _solve(
@@ -249,6 +258,7 @@ def _solve(
     if settings.expectation == "exact":
         operator = block_positive_curvature(objective, params, layers, settings.transform)
     else:
+        devices = devices_of(params, settings.spread_over)
         curvatures = expected_curvature(
             objective,
             params,
@@ -256,9 +266,10 @@ def _solve(
             transform=settings.transform,
             input_moment=settings.input_moment,
             slope_moment=settings.slope_moment,
+            devices=devices,
         )
         if settings.solver == "direct":
-            leaves = solve_expected(curvatures, gradient, layers, settings.mixing)
+            leaves = solve_expected(curvatures, gradient, layers, settings.mixing, devices)
             return _Direction(leaves, all_finite(leaves), jnp.zeros((), jnp.int32))
         operator = expected_operator(curvatures, params, layers)
     result = conjugate_gradient(

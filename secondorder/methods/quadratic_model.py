@@ -34,7 +34,8 @@ from secondorder.methods.terminal import (
     look,
     zero_metrics,
 )
-from secondorder.objective import all_finite
+from secondorder.methods.transform import make_transform
+from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import shard_like
 
@@ -205,6 +206,7 @@ def scale_by_quadratic_model(
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
 
     def init(params: chex.ArrayTree) -> ScaleByQuadraticModelState:
+        check_params(params, _NAME)
         dtype = vectors.accumulation_dtype(params)
         return ScaleByQuadraticModelState(
             count=jnp.zeros((), jnp.int32),
@@ -276,7 +278,7 @@ def scale_by_quadratic_model(
         )
         return taken, keep_unless(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform(_NAME, init, update)
 
 
 def _minimize(

@@ -31,6 +31,7 @@ from secondorder.methods.terminal import (
     trial_value,
     zero_metrics,
 )
+from secondorder.methods.transform import make_transform
 from secondorder.objective import check_params
 from secondorder.operators import hessian
 from secondorder.operators.hessian import HessianMode
@@ -272,7 +273,7 @@ def saddle_free_newton(
         )
         return step, keep_unless(point.usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return make_transform("saddle_free_newton", init, update)
 
 
 def _check(settings: _Settings) -> None:

@@ -13,7 +13,7 @@ from secondorder.checks import is_zero
 from secondorder.control import SearchResult, reduction_ratio
 from secondorder.objective import (
     all_finite,
-    check_params,
+    check_has_arrays,
     check_split,
     check_value_fn,
     value_and_aux,
@@ -68,7 +68,7 @@ def look(
       ValueError: If ``params`` or ``value_fn`` is missing.
       TypeError: If ``value_fn`` is not callable, or its value not a real scalar.
     """
-    check_params(params, method)
+    check_has_arrays(params, method)
     check_value_fn(value_fn, method)
     if grad is None:
         value, grad = value_and_grad(value_fn, params)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import chex
 import jax
 
+from secondorder.jaxprs import canonical_convolutions
 from secondorder.objective import Objective, reparametrize, value_and_aux
 from secondorder.operators.gauss_newton import LinearizationMode, linearize_model, output_hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
@@ -141,7 +142,7 @@ def _hessian_of_piece(
     for block in range(len(blocks)):
         indices = blocks.leaves_of(block)
         value = reparametrize(value_and_aux(value_fn), embedding(params, indices))
-        gradient = jax.grad(value, has_aux=True)
+        gradient = canonical_convolutions(jax.grad(value, has_aux=True))
         products.append(_linearized(gradient, [leaves[index] for index in indices], dtype))
     return _assemble(products, blocks, params)
 

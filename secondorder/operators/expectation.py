@@ -26,6 +26,7 @@ from secondorder.factors.positive_curvature import (
     kronecker_product,
     pass_back,
     solve_mixed,
+    solve_mixed_eigenpairs,
     solve_mixed_kronecker,
 )
 from secondorder.layers import Layers
@@ -42,6 +43,7 @@ from secondorder.operators.gauss_newton import output_hessian
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.products import matmul
 from secondorder.sharding import contract, replicate, shard_like
+from secondorder.spread import ALONE, Devices, map_by_shape
 
 Moment: TypeAlias = Literal["mean", "full"]
 
@@ -109,6 +111,7 @@ def expected_curvature(
     transform: CurvatureTransform = "abs",
     input_moment: Moment = "mean",
     slope_moment: Moment = "mean",
+    devices: Devices = ALONE,
 ) -> tuple[LayerCurvature, ...]:
     r"""The approximate expectation of the positive-curvature Hessian.
 
@@ -122,6 +125,7 @@ def expected_curvature(
         averaged over cases.
       input_moment: ``"mean"``: :math:`E[x] E[x]^\top`; ``"full"``: :math:`E[x x^\top]`.
       slope_moment: The same of the first derivatives of the functions.
+      devices: What shares the products with the weights.
 
     Returns:
       For each layer its curvature, float32 or wider.
@@ -143,13 +147,12 @@ def expected_curvature(
         return _measure(chain, piece, params, input_moment, slope_moment)
 
     if isinstance(objective, Microbatches):
-        first = jax.tree.map(lambda leaf: leaf[0], objective.batches)
-        like = jax.eval_shape(lambda: measure(objective.objective_on(first), 0))
+        like = jax.eval_shape(lambda: measure(objective.first(), 0))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
         moments: Any = objective.mean(measure, zeros)
     else:
         moments = measure(objective, 0)
-    return _recurse(moments, params, layers, transform)
+    return _recurse(moments, params, layers, transform, devices)
 
 
 def expected_operator(
@@ -185,6 +188,7 @@ def solve_expected(
     gradient: LayerLeaves,
     layers: Layers,
     mixing: chex.Numeric,
+    devices: Devices = ALONE,
 ) -> dict[int, jax.Array]:
     r"""Solves :math:`((1 - \alpha) B + \alpha I) x = g` for every weight and every bias, exactly.
 
@@ -193,21 +197,50 @@ def solve_expected(
       gradient: ``g``, as `layer_leaves` gives it, float32 or wider.
       layers: The layers.
       mixing: :math:`\alpha` in (0, 1].
+      devices: What shares the systems of equal shape.
 
     Returns:
       ``x``, like the gradient.
     """
+    systems = list(zip(layers.layers, curvatures, strict=True))
+    weights = [
+        (layer.weight, layer.weight_view, known)
+        for layer, known in zip(layers.layers, _decompose(curvatures, devices), strict=True)
+    ]
+    biases = [
+        (layer.bias, layer.bias_view, (curvature.outputs,))
+        for layer, curvature in systems
+        if layer.bias is not None and layer.bias_view is not None
+    ]
+
+    def solve_weight(*known: jax.Array) -> jax.Array:
+        solver: Any = solve_mixed_kronecker if len(known) == 3 else solve_mixed_eigenpairs
+        return solver(*known, jnp.asarray(mixing, known[-1].dtype))
+
+    def solve_bias(outputs: jax.Array, row: jax.Array) -> jax.Array:
+        return solve_mixed(outputs, row, jnp.asarray(mixing, outputs.dtype))
+
     result = {}
-    for layer, (inputs, outputs) in zip(layers.layers, curvatures, strict=True):
-        matrix = _as_matrix(layer.weight_view, gradient[layer.weight])
-        alpha = jnp.asarray(mixing, outputs.dtype)
-        solved = solve_mixed_kronecker(inputs, outputs, matrix, alpha)
-        result[layer.weight] = _as_leaf(layer.weight_view, solved, gradient[layer.weight])
-        if layer.bias is not None and layer.bias_view is not None:
-            row = _as_matrix(layer.bias_view, gradient[layer.bias])
-            solved = solve_mixed(outputs, row, alpha)
-            result[layer.bias] = _as_leaf(layer.bias_view, solved, gradient[layer.bias])
+    for solve, parts in ((solve_weight, weights), (solve_bias, biases)):
+        cases = [(*known, _as_matrix(view, gradient[leaf])) for leaf, view, known in parts]
+        solutions = map_by_shape(solve, cases, devices)
+        for (leaf, view, _), solution in zip(parts, solutions, strict=True):
+            result[leaf] = _as_leaf(view, solution, gradient[leaf])
     return result
+
+
+def _decompose(
+    curvatures: Sequence[LayerCurvature], devices: Devices
+) -> list[tuple[jax.Array, ...]]:
+    """The curvatures; or where inputs have a second moment the eigenpairs of both matrices.
+
+    All matrices of one size are decomposed together, whichever side of a layer they are of.
+    """
+    if any(curvature.inputs.ndim == 1 for curvature in curvatures):
+        return list(curvatures)
+    matrices = [(matrix,) for curvature in curvatures for matrix in curvature]
+    pairs = map_by_shape(jnp.linalg.eigh, matrices, devices)
+    return [(*pairs[i], *pairs[i + 1]) for i in range(0, len(pairs), 2)]
 
 
 def _as_matrix(view: View, leaf: jax.Array) -> jax.Array:
@@ -221,14 +254,18 @@ def _as_leaf(view: View, matrix: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _recurse(
-    moments: _Moments, params: chex.ArrayTree, layers: Layers, transform: CurvatureTransform
+    moments: _Moments,
+    params: chex.ArrayTree,
+    layers: Layers,
+    transform: CurvatureTransform,
+    devices: Devices,
 ) -> tuple[LayerCurvature, ...]:
     """Passes the curvature back from the last layer to the first."""
     leaves, outputs = jax.tree.leaves(params), [moments.head]
     steps = zip(layers.layers[1:], moments.slopes, moments.bends, strict=True)
     for layer, slopes, bend in reversed(list(steps)):
         weight = _as_matrix(layer.weight_view, leaves[layer.weight]).astype(bend.dtype)
-        outputs.append(pass_back(outputs[-1], weight, slopes, bend, transform))
+        outputs.append(pass_back(outputs[-1], weight, slopes, bend, transform, devices))
     pairs = zip(moments.inputs, reversed(outputs), strict=True)
     return tuple(LayerCurvature(*pair) for pair in pairs)
 

@@ -27,7 +27,7 @@ from secondorder.operators.output_factor import (
     widen_outputs,
 )
 from secondorder.operators.pieces import mean_over_pieces, over_pieces
-from secondorder.sharding import shard_like
+from secondorder.sharding import check_sees_batch, shard_like
 from secondorder.tree import zeros_vector
 
 SplitObjective: TypeAlias = Objective[Any] | Microbatches[Any]
@@ -84,7 +84,7 @@ def fisher(
     check_choice("noise", noise, tuple(_NOISES))
 
     def make(piece: Objective[Any], index: chex.Numeric) -> LinearOperator:
-        at = linearize_model(piece, params)
+        at = _linearize(piece, params)
         factor = output_factor(piece.loss, at.outputs, structure)
         keys = jax.random.split(jax.random.fold_in(key, index), samples)
         rows = jax.vmap(lambda k: sample_row(factor, at.outputs, k, noise))(keys)
@@ -126,7 +126,7 @@ def empirical_fisher(
     """
 
     def make(piece: Objective[Any], _: chex.Numeric) -> LinearOperator:
-        at = linearize_model(piece, params)
+        at = _linearize(piece, params)
         rows, count = _case_gradients(piece, at, cases)
         return _outer_products(at, rows[None], count, params)
 
@@ -172,7 +172,7 @@ def gauss_newton_diagonal(
     check_static_count("probes", probes)
 
     def measure(piece: Objective[Any], index: chex.Numeric) -> chex.ArrayTree:
-        at = linearize_model(piece, params)
+        at = _linearize(piece, params)
         factor = output_factor(piece.loss, at.outputs, structure)
 
         def draw(probe_key: chex.PRNGKey) -> jax.Array:
@@ -222,7 +222,7 @@ def empirical_fisher_diagonal(
     check_static_count("probes", probes)
 
     def measure(piece: Objective[Any], index: chex.Numeric) -> chex.ArrayTree:
-        at = linearize_model(piece, params)
+        at = _linearize(piece, params)
         rows, count = _case_gradients(piece, at, cases)
 
         def draw(probe_key: chex.PRNGKey) -> jax.Array:
@@ -232,6 +232,12 @@ def empirical_fisher_diagonal(
         return _sum_of_squares(at, draw, keys, count / probes, params)
 
     return mean_over_pieces(measure, objective, params)
+
+
+def _linearize(piece: Objective[Any], params: chex.ArrayTree) -> Linearization:
+    """The model at a point; its cases must all be there, as squares do not add up over devices."""
+    check_sees_batch("A Fisher matrix or a diagonal", params)
+    return linearize_model(piece, params)
 
 
 def sample_row(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.checks import check_choice
+from secondorder.jaxprs import canonical_convolutions
 from secondorder.objective import Microbatches, Objective
 from secondorder.operators.linear_operator import LinearOperator, narrow, vectors_like, widen
 from secondorder.operators.pieces import over_pieces
@@ -80,7 +81,7 @@ def linearize_model(
     return Linearization(
         outputs,
         forward=lambda vector: push(narrow(vector, params)),
-        backward=lambda cotangents: widen(pull(cotangents)),
+        backward=lambda cotangents: widen(canonical_convolutions(pull)(cotangents)),
     )
 
 

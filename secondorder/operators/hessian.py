@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.checks import check_choice
+from secondorder.jaxprs import canonical_convolutions
 from secondorder.objective import Microbatches, value_and_aux
 from secondorder.operators.linear_operator import LinearOperator, narrow, vectors_like, widen
 from secondorder.operators.pieces import columns_with_samples, over_pieces
@@ -100,7 +101,7 @@ def _maker(params: chex.ArrayTree, mode: HessianMode) -> Callable[[Any, Any], Li
     check_choice("mode", mode, tuple(_PRODUCTS))
 
     def make(piece: Callable[[Any], Any], _: chex.Numeric) -> LinearOperator:
-        gradient = jax.grad(lambda point: value_and_aux(piece)(point)[0])
+        gradient = canonical_convolutions(jax.grad(lambda at: value_and_aux(piece)(at)[0]))
         return LinearOperator(_PRODUCTS[mode](gradient, params), vectors_like(params))
 
     return make
@@ -114,7 +115,7 @@ def _forward_over_reverse(gradient: Gradient, params: chex.ArrayTree) -> Gradien
 
 def _reverse_over_reverse(gradient: Gradient, params: chex.ArrayTree) -> Gradient:
     """The product from the transpose of the linearized gradient, which is symmetric."""
-    pull = jax.vjp(gradient, params)[1]
+    pull = canonical_convolutions(jax.vjp(gradient, params)[1])
     return lambda vector: widen(pull(narrow(vector, params))[0])
 
 

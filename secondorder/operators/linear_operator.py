@@ -1,6 +1,7 @@
 """Linear operators on pytrees that are known by their products alone."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -192,11 +193,13 @@ class LinearOperator:
         identity = jnp.eye(sum(sizes), dtype=accumulation_dtype(self.like))
         parts = jnp.split(identity, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)], axis=1)
         stack = [
-            part.reshape(-1, *leaf.shape).astype(leaf.dtype)
+            part.reshape(len(identity), *leaf.shape).astype(leaf.dtype)
             for part, leaf in zip(parts, leaves, strict=True)
         ]
         products = jax.tree.leaves(self.columns(jax.tree.unflatten(structure, stack)))
-        rows = jnp.concatenate([p.reshape(len(identity), -1) for p in products], axis=1)
+        rows = jnp.concatenate(
+            [p.reshape(len(identity), math.prod(p.shape[1:])) for p in products], axis=1
+        )
         return rows.T
 
     def as_lineax(self) -> Any:

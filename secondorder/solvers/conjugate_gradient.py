@@ -31,7 +31,7 @@ from secondorder.solvers.progress import (
     stored_iterations,
 )
 from secondorder.solvers.quadratic import positive_or_one
-from secondorder.tree import Blocks, block_choose, block_inner, block_scale, write
+from secondorder.tree import Blocks, block_choose, block_inner, block_scale, is_function, write
 
 Product = Callable[[chex.ArrayTree], chex.ArrayTree]
 
@@ -226,7 +226,7 @@ def conjugate_gradient(
     system = _System(
         product=product,
         precondition=precondition,
-        costly=callable(preconditioner),
+        costly=is_function(preconditioner),
         b=b,
         blocks=blocks,
         max_iterations=max_iterations,
@@ -383,7 +383,7 @@ def _as_inverse(preconditioner: chex.ArrayTree | Product | None) -> Product:
     """The inverse of a preconditioner, as a function."""
     if preconditioner is None:
         return lambda residual: residual
-    if callable(preconditioner):
+    if is_function(preconditioner):
         inverse: Product = preconditioner
         return inverse
     return lambda residual: jax.tree.map(

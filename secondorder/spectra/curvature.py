@@ -14,7 +14,7 @@ from secondorder.checks import check_choice, check_static_count
 from secondorder.layers import Layers
 from secondorder.objective import check_has_arrays, check_split, check_value_fn
 from secondorder.operators import LinearOperator
-from secondorder.tree import Blocks, label_blocks, one_block, random_vector
+from secondorder.tree import Blocks, Distribution, label_blocks, one_block, random_vector
 
 Matrix: TypeAlias = Literal["hessian", "gauss_newton"]
 # How a user says what the blocks are; see `make_curvature`.
@@ -51,7 +51,7 @@ class Curvature:
         """The partition that results carry; None for the matrix as a whole."""
         return None if self.is_whole else self.blocks
 
-    def draw(self, key: chex.PRNGKey, distribution: Callable[..., jax.Array]) -> chex.ArrayTree:
+    def draw(self, key: chex.PRNGKey, distribution: Distribution) -> chex.ArrayTree:
         """A vector of independent random numbers."""
         return random_vector(distribution, key, self.params)
 

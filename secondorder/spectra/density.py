@@ -174,7 +174,7 @@ def _quadrature(
     """Nodes and weights of one start ``(L, steps)``, and whether its products were finite."""
     result = lanczos(
         curvature.operator,
-        curvature.draw(key, jax.random.rademacher),
+        curvature.draw(key, "rademacher"),
         steps,
         blocks=curvature.blocks,
         reorthogonalize=reorthogonalize,

@@ -100,7 +100,7 @@ def extreme_eigenpairs(
     steps = check_steps("steps", steps, max(4 * count, 40), curvature)
     if steps < count:
         raise ValueError(f"`steps` must be at least the number of pairs, {count}: {steps}.")
-    start = curvature.draw(key, jax.random.normal)
+    start = curvature.draw(key, "normal")
     result = lanczos(curvature.operator, start, steps, blocks=curvature.blocks)
     values, coefficients = _choose_pairs(ritz_pairs(result), result, largest, smallest)
     vectors, residuals = _with_residuals(curvature, result, values, coefficients)

@@ -109,11 +109,11 @@ def curvature_trace(
     key, start_key = jax.random.split(key)
     if deflate != 0:
         rows = check_steps("deflate", deflate, 1, curvature)
-        start = curvature.draw(start_key, jax.random.normal)
+        start = curvature.draw(start_key, "normal")
         known = lanczos(curvature.operator, start, rows, blocks=partition)
 
     def measure(probe_key: chex.PRNGKey) -> jax.Array:
-        signs = curvature.draw(probe_key, jax.random.rademacher)
+        signs = curvature.draw(probe_key, "rademacher")
         outside = _outside(curvature, known, signs)
         return block_inner(partition, outside, curvature.operator(outside))
 
@@ -183,11 +183,11 @@ def curvature_diagonal(
         moments: tuple[chex.ArrayTree, chex.ArrayTree], numbered: tuple[jax.Array, chex.PRNGKey]
     ) -> tuple[tuple[chex.ArrayTree, chex.ArrayTree], None]:
         number, probe_key = numbered
-        signs = curvature.draw(probe_key, jax.random.rademacher)
+        signs = curvature.draw(probe_key, "rademacher")
         sample = jax.tree.map(jnp.multiply, signs, curvature.operator(signs))
         return _add_sample(moments, sample, number), None
 
-    zeros = jax.tree.map(jnp.zeros_like, curvature.draw(key, jax.random.rademacher))
+    zeros = jax.tree.map(jnp.zeros_like, curvature.draw(key, "rademacher"))
     numbered = jnp.arange(1, probes + 1), jax.random.split(key, probes)
     (means, squares), _ = jax.lax.scan(add, (zeros, zeros), numbered)
     return DiagonalEstimate(means, jax.tree.map(lambda s: _standard_error(s, probes), squares))

@@ -22,11 +22,13 @@ from secondorder.tree.pair_memory import (
     project_on_pairs,
     push_pair,
 )
+from secondorder.tree.random import Distribution
 from secondorder.tree.stacks import gram, mix, random_stack, stack_size
 from secondorder.tree.vectors import (
     accumulation_dtype,
     combine,
     inner,
+    is_function,
     moving_average,
     project,
     random_vector,
@@ -39,6 +41,7 @@ from secondorder.tree.vectors import (
 __all__ = [
     "BlockSetting",
     "Blocks",
+    "Distribution",
     "PairMemory",
     "accumulation_dtype",
     "block_choose",
@@ -53,6 +56,7 @@ __all__ = [
     "gram",
     "init_pairs",
     "inner",
+    "is_function",
     "label_blocks",
     "leaf_paths",
     "mix",

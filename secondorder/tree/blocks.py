@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from secondorder.tree.vectors import accumulation_dtype, combine, project
+from secondorder.tree.vectors import accumulation_dtype, combine, is_function, project
 
 # How a user says what the blocks are; see `label_blocks`.
 BlockSetting: TypeAlias = Callable[[str], Hashable] | chex.ArrayTree | None
@@ -82,7 +82,7 @@ def label_blocks(setting: BlockSetting, params: chex.ArrayTree) -> Blocks:
     paths = leaf_paths(params)
     if setting is None:
         given: list[Any] = [path.rpartition("/")[0] or path or "(params)" for path in paths]
-    elif callable(setting):
+    elif is_function(setting):
         given = [setting(path) for path in paths]
     else:
         given = _broadcast_labels(setting, params)

@@ -88,4 +88,4 @@ def random_stack(key: jax.Array, tree: chex.ArrayTree, size: int) -> chex.ArrayT
       (2, 3)
     """
     zeros = zeros_stack(tree, size, accumulation_dtype(tree))
-    return random_vector(jax.random.normal, key, zeros)
+    return random_vector("normal", key, zeros)

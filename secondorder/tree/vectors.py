@@ -12,6 +12,7 @@ of that dtype instead of widening the stack, which would copy it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import chex
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from secondorder.sharding import contract, shard_like
+from secondorder.tree.random import Distribution, draw
 
 _PARTS = 3  # of 8 bits each: a bfloat16 sum that is as accurate as a float32
 
@@ -37,6 +39,24 @@ def accumulation_dtype(tree: chex.ArrayTree) -> jnp.dtype:
       dtype('float32')
     """
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+
+
+def is_function(argument: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether an argument is a function, and not a pytree that can be called, such as a module.
+
+    Args:
+      argument: A function, or a pytree.
+
+    Returns:
+      Whether it is to be called.
+
+    Example:
+      >>> is_function(jnp.sin), is_function({"a": jnp.ones(2)})
+      (True, False)
+    """
+    if isinstance(argument, jax.tree_util.Partial):
+        return True
+    return callable(argument) and jax.tree_util.treedef_is_leaf(jax.tree.structure(argument))
 
 
 def zeros_vector(params: chex.ArrayTree) -> chex.ArrayTree:
@@ -115,12 +135,12 @@ def moving_average(
 
 
 def random_vector(
-    draw: Callable[..., jax.Array], key: chex.PRNGKey, tree: chex.ArrayTree
+    distribution: Distribution, key: chex.PRNGKey, tree: chex.ArrayTree
 ) -> chex.ArrayTree:
     """A vector of independent random numbers, each leaf sharded as the one that it belongs to.
 
     Args:
-      draw: Maps a key, a shape and a dtype to an array, such as `jax.random.normal`.
+      distribution: ``"normal"``, ``"uniform"`` in (-1, 1) or ``"rademacher"``. Static.
       key: PRNG key. The numbers do not depend on the sharding.
       tree: One vector, a pytree of arrays.
 
@@ -128,15 +148,15 @@ def random_vector(
       A pytree like it, float32 or wider.
 
     Example:
-      >>> signs = random_vector(jax.random.rademacher, jax.random.key(0), {"a": jnp.zeros(3)})
+      >>> signs = random_vector("rademacher", jax.random.key(0), {"a": jnp.zeros(3)})
       >>> jnp.abs(signs["a"]).tolist()
       [1.0, 1.0, 1.0]
     """
     dtype = accumulation_dtype(tree)
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
     drawn = [
-        shard_like(draw(k, leaf.shape, dtype), leaf) for k, leaf in zip(keys, leaves, strict=True)
+        shard_like(draw(distribution, key, leaf.shape, dtype, stream), leaf)
+        for stream, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, drawn)
 

@@ -1,67 +1,75 @@
-"""The command ``compare``: runs from records, their labels, and the plot."""
+"""The command ``compare``: tuning, what is kept, and what is not done again."""
 
 import json
 
 import pytest
 
+from benchmarks import compare
 from benchmarks.cli import main
-from benchmarks.compare import axes, label_runs, read_runs
+from benchmarks.comparisons import COMPARISONS, Contender, Trial
+from benchmarks.methods import METHODS
+from benchmarks.problems import PROBLEMS
 
-
-def write(path, method, settings, count=2, **header):
-    with path.open("a") as file:
-        for number in range(1, count + 1):
-            record = {
-                "problem": "p", "method": method, "epoch": number, "step": 5 * number,
-                "gradients": 7.5 * number, "seconds": 0.1 * number, "train_loss": 1 / number,
-                "test_loss": 2 / number, "diverged": False,
-            }  # fmt: skip
-            if number == 1:
-                record |= {"settings": settings, "batch_size": 10, "seed": 0, **header}
-            print(json.dumps(record), file=file)
-
-
-def test_compare(tmp_path, capsys):
-    write(tmp_path / "a.jsonl", "bhf", {"damping": 1}, curvature_batch_size=100)
-    write(tmp_path / "a.jsonl", "bhf", {"damping": 1}, curvature_batch_size=500)
-    write(tmp_path / "b.jsonl", "adam", {"learning_rate": 0.1})
-    runs = [run for name in "ab" for run in read_runs(tmp_path / f"{name}.jsonl")]
-    labels = ["bhf curvature_batch_size=100", "bhf curvature_batch_size=500", "adam"]
-    assert label_runs(runs) == labels
-    assert runs[1].line("gradients", "x").positions == [7.5, 15.0]
-    plot = tmp_path / "new" / "plot.png"
-    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    assert main(["compare", "--runs", *files, "--png", str(plot)]) == 0
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "adam" in capsys.readouterr().out
-
-
-def test_time_of_the_processor_is_taken_where_all_runs_have_it(tmp_path):
-    write(tmp_path / "old.jsonl", "sgd", {})
-    write(tmp_path / "new.jsonl", "adam", {}, cpu_seconds=1.0)
-    (old,), (new,) = read_runs(tmp_path / "old.jsonl"), read_runs(tmp_path / "new.jsonl")
-    assert list(axes([new])) == ["step", "gradients", "cpu_seconds"]
-    assert list(axes([new, old])) == ["step", "gradients", "seconds"]
-
-
-def test_losses_that_are_not_finite_are_left_out(tmp_path):
-    write(tmp_path / "a.jsonl", "sgd", {})
-    with (tmp_path / "a.jsonl").open("a") as file:
-        print(json.dumps({"step": 15, "gradients": 15, "train_loss": None}), file=file)
-    (run,) = read_runs(tmp_path / "a.jsonl")
-    assert run.line("step", "x").positions == [5, 10]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("no json", "not a file of records"),
-        ("", "no records of training"),
-        ('{"method": "adam"}', "no records of training"),
-        ('{"step": 1, "gradients": 1, "train_loss": 1}', "does not begin with the first"),
-    ],
+TRIAL = Trial(
+    "small",
+    "digits-autoencoder",
+    (
+        Contender("sgd", {"learning_rate": (1e-9, 0.3)}),
+        Contender("nag", name="the same rate", like="sgd"),
+    ),
+    gradients=6,
+    batch_size=50,
+    train_size=200,
+    test_size=50,
+    records=2,
 )
-def test_files_that_cannot_be_compared(tmp_path, content, message, capsys):
-    (tmp_path / "x.jsonl").write_text(content)
-    assert main(["compare", "--runs", str(tmp_path / "x.jsonl")]) == 2
-    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    monkeypatch.setitem(COMPARISONS, "saddle-free", (TRIAL,))
+    return ["compare", "saddle-free", "--out", str(tmp_path)]
+
+
+def test_best_settings_are_kept_and_finished_runs_are_not_repeated(command, tmp_path, monkeypatch):
+    assert main(command) == 0
+    records = [json.loads(line) for line in (tmp_path / "small.jsonl").read_text().splitlines()]
+    settings = {r["contender"]: r["settings"] for r in records if "settings" in r}
+    assert {name: s["learning_rate"] for name, s in settings.items()} == {
+        "sgd": 0.3,
+        "the same rate": 0.3,
+    }
+    assert [r["gradients"] for r in records if r["contender"] == "sgd"] == [1, 4, 6]
+    table = (tmp_path / "small.md").read_text()
+    assert "| sgd | learning_rate=0.3 | 6 |" in table
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(compare, "Run", None)
+    assert main(command) == 0
+    assert (tmp_path / "small.md").read_text() == table
+
+
+def test_interrupted_runs_leave_nothing_that_looks_finished(command, tmp_path, monkeypatch):
+    def interrupt(run, progress, title):
+        yield next(run.epochs())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "watch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_unknown_trial_lists_the_trials(command, capsys):
+    assert main([*command, "--only", "large"]) == 2
+    assert "it has: small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons_name_what_there_is(name):
+    for trial in COMPARISONS[name]:
+        labels = [contender.label for contender in trial.contenders]
+        assert len(set(labels)) == len(labels)
+        for number, contender in enumerate(trial.contenders):
+            assert contender.like is None or contender.like in labels[:number]
+            for point in contender.points():
+                METHODS[contender.method].settings(PROBLEMS[trial.problem], point)

@@ -165,3 +165,17 @@ def test_gradients_of_line_searches_are_counted(splits):
         params, state = step(params, state, inputs)
         gradients += 1 + int(state[-1].info.num_linesearch_steps)
     assert record.gradients == gradients > 10
+
+
+def test_work_ends_a_run(splits):
+    """L-BFGS takes several gradients in a step: it gets the fewer steps."""
+    first, *_, last = run(splits, gradients=20, records=4, batch_size=50).epochs()
+    assert (first.gradients, last.gradients, last.step) == (1, 20, 20)
+    *_, last = run(splits, METHODS["lbfgs"], gradients=20, batch_size=50).epochs()
+    assert 20 <= last.gradients < 45
+    assert last.step < 20
+
+
+def test_number_of_records_needs_work_to_divide():
+    with pytest.raises(SettingError, match="divides a number of gradients"):
+        RunOptions(PROBLEM, METHODS["sgd"], epochs=1, records=2)

@@ -98,7 +98,13 @@ def modelled_kbfgs(layers: so.Layers, **settings: Any) -> optax.GradientTransfor
 REGISTRY = [
     Entry("kbfgs", so.kbfgs, {}, (LAYERS,), KBFGS_STATIC),
     Entry("kbfgs-l", so.kbfgs, {"memory_size": 2}, (LAYERS,), KBFGS_STATIC),
-    Entry("kbfgs-average", so.kbfgs, {"input_factor": "moving_average"}, (LAYERS,), KBFGS_STATIC),
+    Entry(
+        "kbfgs-average-every-third",
+        so.kbfgs,
+        {"input_factor": "moving_average", "update_every": 3},
+        (LAYERS,),
+        KBFGS_STATIC,
+    ),
     Entry("scale_by_kbfgs", so.scale_by_kbfgs, {"update_every": 2}, (LAYERS,), KBFGS_STATIC, False),
     Entry(
         "scale_by_lsr1",

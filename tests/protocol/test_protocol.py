@@ -1,141 +1,44 @@
 """What every optimizer of the package must do as an optax transform.
 
 After optax's own tests of contributed optimizers, with the extra arguments that these need. The
-optimizers are those of `registry.py`. Not part of the protocol yet: `optax.masked` with a mask that
-leaves parameters out, as the objective then sees other parameters than the optimizer.
+optimizers are those of `registry.py`. What is seen without running a step is in `test_tracing.py`.
 """
 
-import contextlib
-import functools
+import dataclasses
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 
 import secondorder as so
 from tests.meshes import make_mesh, place, use_mesh
+from tests.protocol.problem import (
+    RATE,
+    STEPS,
+    arguments,
+    assert_identical,
+    assert_same,
+    batch_of,
+    describe,
+    make,
+    make_step,
+    objective_on,
+    params_of,
+    reference_of,
+    train,
+)
 from tests.protocol.registry import LAYERS, REGISTRY
-
-RATE = 0.1
-STEPS = 3
-
-
-# The problem: a layer with a bias, and a parameter in no layer.
-
-
-def params_of(dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    return {
-        "w": jnp.asarray(rng.standard_normal((3, 2)), dtype),
-        "b": jnp.asarray(rng.standard_normal(2), dtype),
-        "scale": jnp.asarray(1.25, dtype),
-    }
-
-
-def batch_of(seed, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((6, 3))
-    return jnp.asarray(x, dtype), jnp.asarray(np.sin(x[:, :2]), dtype)
-
-
-def objective_on(batch):
-    x, y = batch
-    return so.Objective(
-        lambda p: p["scale"] * jnp.tanh(x @ p["w"] + p["b"]),
-        lambda z: jnp.mean(jnp.sum((z - y) ** 2, axis=-1)),
-    )
-
-
-def arguments(entry, dtype=jnp.float32):
-    """What the factory is called with, apart from a learning rate."""
-    needed = {}
-    if LAYERS in entry.needs:
-        needed["layers"] = so.find_layers(objective_on(batch_of(0, dtype)), params_of(dtype))
-    return {**entry.settings, **needed}
-
-
-def make(entry, dtype=jnp.float32, learning_rate=RATE):
-    """The optimizer; one that only gives a direction is followed by the learning rate.
-
-    One that is terminal gives the step itself, and has no learning rate.
-    """
-    if entry.learning_rate:
-        return entry.factory(learning_rate=learning_rate, **arguments(entry, dtype))
-    direction = entry.factory(**arguments(entry, dtype))
-    if entry.terminal:
-        return direction
-    return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
-
-
-def make_step(tx, **extra):
-    """The training step of the README, which works with `optax.lbfgs` as well."""
-
-    def step(params, state, batch):
-        objective = objective_on(batch)
-        value, grads = jax.value_and_grad(objective)(params)
-        updates, state = tx.update(
-            grads, state, params, value=value, grad=grads, value_fn=objective, **extra
-        )
-        return optax.apply_updates(params, updates), state, updates
-
-    return step
-
-
-def train(tx, step=None, steps=STEPS):
-    """The updates of a few steps and the last state."""
-    step = step or jax.jit(make_step(tx))
-    params, state, history = params_of(), tx.init(params_of()), []
-    for seed in range(steps):
-        params, state, updates = step(params, state, batch_of(seed))
-        history.append(jax.tree.map(np.asarray, updates))
-    return history, params, state
-
-
-def copy(tree):
-    return jax.tree.map(jnp.copy, tree)
-
-
-class Reference:
-    """The bare optimizer, compiled once with both its arguments donated."""
-
-    def __init__(self, entry):
-        self.entry = entry
-        self.tx = make(entry)
-        self.donating = jax.jit(make_step(self.tx), donate_argnums=(0, 1))
-        self.history, self.params, self.state = train(self.tx, self.donating)
-
-    def step(self, params, state, batch):
-        return self.donating(copy(params), copy(state), batch)
-
-
-@functools.cache
-def reference_of(name):
-    return Reference(next(entry for entry in REGISTRY if entry.name == name))
 
 
 @pytest.fixture(params=[entry.name for entry in REGISTRY])
 def reference(request):
     return reference_of(request.param)
-
-
-def assert_same(found, expected, rtol=1e-4):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), found, expected
-    )
-
-
-def assert_identical(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def describe(tree):
-    """Shape, dtype, weak type and sharding of every leaf."""
-    return jax.tree.map(jax.typeof, tree)
 
 
 # The reference itself.
@@ -199,16 +102,30 @@ def test_map_params_finds_the_parameters_in_the_state(reference):
     assert stacks <= own
 
 
-def test_pickled_and_serialized_states_go_on_bit_for_bit(reference):
-    expected = reference.step(reference.params, reference.state, batch_of(7))
-    restored = [pickle.loads(pickle.dumps(reference.state))]
-    with contextlib.suppress(ImportError):
-        from flax import serialization
+def restored_states(states, blank, folder):
+    """States after a round trip through each kind of checkpoint."""
+    yield [pickle.loads(pickle.dumps(state)) for state in states]
+    yield [serialization.from_bytes(blank, serialization.to_bytes(state)) for state in states]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "states", dict(enumerate(states)))
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(lambda: dict.fromkeys(range(len(states)), blank))
+        yield list(checkpointer.restore(folder / "states", target).values())
 
-        blank = reference.tx.init(params_of())
-        restored.append(serialization.from_bytes(blank, serialization.to_bytes(reference.state)))
-    for state in restored:
-        assert_identical(reference.step(reference.params, state, batch_of(7)), expected)
+
+def test_restored_states_go_on_bit_for_bit(reference, tmp_path):
+    """From every phase of a schedule of up to three steps."""
+    params, state = params_of(), reference.tx.init(params_of())
+    points = [(params, state)]
+    for seed in range(STEPS + 1):
+        params, state, _ = reference.step(params, state, batch_of(seed))
+        points.append((params, state))
+    blank, states = reference.tx.init(params_of()), [state for _, state in points[:-1]]
+    for restored in restored_states(states, blank, tmp_path):
+        for seed, state in enumerate(restored):
+            assert_identical(describe(state), describe(blank))
+            new = reference.step(points[seed][0], state, batch_of(seed))
+            assert_identical(new[:2], points[seed + 1])
 
 
 # Fixed points.
@@ -277,8 +194,6 @@ def test_sharding_is_a_fixed_point_on_an_explicit_mesh(reference):
     """Nothing is run; what is asked here is that no operation has to guess a sharding."""
     # With one device JAX 0.6 forgets the axes of what `init` returns.
     mesh = make_mesh(2, 2)
-    spec = jax.sharding.PartitionSpec
-
     with use_mesh(mesh):
         fresh, batch = params_of(), batch_of(0)
         params = {
@@ -288,11 +203,60 @@ def test_sharding_is_a_fixed_point_on_an_explicit_mesh(reference):
         }
         batch = tuple(place(mesh, array, "data", None) for array in batch)
         state = jax.jit(reference.tx.init)(params)
-        new = jax.eval_shape(make_step(reference.tx), params, state, batch)
+        step = make_step(reference.tx)
 
-        for a, b in zip(jax.tree.leaves(new[:2]), jax.tree.leaves((params, state)), strict=True):
+        def maybe(carry, go):
+            stepped = jax.lax.cond(go, lambda c: step(*c, batch)[:2], lambda c: c, carry)
+            return stepped, None
+
+        # Loops and branches insist on equal types, of which shardings are a part.
+        new = jax.eval_shape(lambda *c: jax.lax.scan(maybe, c, jnp.ones(2, bool))[0], params, state)
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves((params, state)), strict=True):
             assert a.sharding.spec == jax.typeof(b).sharding.spec
-        assert new[2]["w"].sharding.spec == spec(None, "model")
+
+
+# Parameters of every form.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A pytree that is a class and can be called, with what may be in one beside matrices."""
+
+    w: Any
+    b: Any
+    scale: Any
+    empty: Any
+    nothing: Any
+    no_leaves: Any
+
+    def __call__(self, x):
+        return self.scale * jnp.tanh(x @ self.w + self.b) + jnp.sum(self.empty)
+
+
+def test_callable_modules_with_empty_and_missing_leaves(reference):
+    entry, batch = reference.entry, batch_of(0)
+    x, y = batch
+    objective = so.Objective(lambda module: module(x), lambda z: jnp.mean((z - y) ** 2))
+    params = Module(**params_of(), empty=jnp.zeros((0, 3)), nothing=None, no_leaves=({}, []))
+    layers = {"layers": so.find_layers(objective, params)} if LAYERS in entry.needs else {}
+    tx = make(entry, **layers)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(objective)(params)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=objective
+        )
+        return optax.apply_updates(params, updates), state
+
+    start, state = params, tx.init(params)
+    for _ in range(8):
+        params, new = step(params, state)
+        assert describe((params, new)) == describe((start, state))
+        state = new
+    assert step._cache_size() == 1
+    assert objective(params) < 0.95 * objective(start)
 
 
 # Combined with other transforms.
