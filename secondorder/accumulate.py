@@ -17,7 +17,7 @@ import optax
 
 from secondorder.checks import check_static_count
 from secondorder.objective import Microbatches, all_finite, check_given
-from secondorder.sharding import reshard, shard_like
+from secondorder.sharding import constrain, shard_like
 from secondorder.tree import accumulation_dtype, zeros_vector
 
 _CALL = "tx.update(grads, state, params, value=value, grad=grads, batch=batch)"
@@ -233,10 +233,7 @@ def _empty(leaf: jax.ShapeDtypeStruct, every: int) -> jax.Array:
     if leaf.sharding is None:
         return zeros
     spec = jax.sharding.PartitionSpec(None, *leaf.sharding.spec)
-    sharding = jax.sharding.NamedSharding(leaf.sharding.mesh, spec)
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    place: Callable[..., jax.Array] = reshard if explicit else jax.lax.with_sharding_constraint
-    return place(zeros, sharding)
+    return constrain(zeros, jax.sharding.NamedSharding(leaf.sharding.mesh, spec))
 
 
 def _check_batch(batch: Any, template: chex.ArrayTree) -> None:

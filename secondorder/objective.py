@@ -449,9 +449,12 @@ def value_and_grad(value_fn: Callable[[Params], Any], params: Params) -> tuple[j
       >>> grad.tolist()
       [2.0, 2.0]
     """
-    evaluate = jax.value_and_grad(value_and_aux(value_fn), has_aux=True)
-    (value, _), grad = canonical_convolutions(evaluate)(params)
-    return value, grad
+
+    def evaluate(params: Params) -> tuple[jax.Array, Params]:
+        (value, _), grad = jax.value_and_grad(value_and_aux(value_fn), has_aux=True)(params)
+        return value, grad  # aux may be anything
+
+    return canonical_convolutions(evaluate)(params)
 
 
 def all_finite(tree: chex.ArrayTree) -> jax.Array:

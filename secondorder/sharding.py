@@ -190,6 +190,27 @@ def explicit_spec(array: Any) -> tuple[Any, ...] | None:
     return spec + (None,) * (len(array.shape) - len(spec))
 
 
+def constrain(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Gives an array a sharding, under Explicit and under Auto axes.
+
+    Args:
+      array: Any array.
+      sharding: Of it, on a mesh of one kind of axes.
+
+    Returns:
+      The same array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> constrain(jnp.ones(2), NamedSharding(mesh, PartitionSpec("data"))).tolist()
+      [1.0, 1.0]
+    """
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
 def replicate(array: jax.Array) -> jax.Array:
     """Gathers an array on every device of an Explicit mesh.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from secondorder.sharding import mesh_of, replicate, reshard
+from secondorder.sharding import constrain, mesh_of, replicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +146,7 @@ class Devices:
         return self._constrain(array, self._spec(axis)) if self._is_explicit else array
 
     def _constrain(self, array: jax.Array, spec: PartitionSpec) -> jax.Array:
-        sharding = NamedSharding(self.mesh, spec)
-        if self._is_explicit:
-            return reshard(array, sharding)
-        return jax.lax.with_sharding_constraint(array, sharding)
+        return constrain(array, NamedSharding(self.mesh, spec))
 
     @property
     def _is_explicit(self) -> bool:

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        method = params.get("reference", params.get("entry", ""))
+        method = next((params[key] for key in ("reference", "entry", "name") if key in params), "")
         group = f"{item.path.name}:{getattr(method, 'name', method)}"
         item.add_marker(pytest.mark.xdist_group(group))
 

@@ -18,11 +18,11 @@ from secondorder.jaxprs.equations import (
     SCAN,
     Body,
     body_of,
-    is_literal,
+    divide_operands,
+    evaluate,
     rematerialized,
     rescan,
     run_equation,
-    scan_arity,
 )
 
 Result = TypeVar("Result")
@@ -96,16 +96,7 @@ def _holds_others(equation: Any) -> bool:
 
 def _evaluate(body: Body, arguments: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr equation by equation, convolutions in their canonical order."""
-    values = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-    values.update(zip(body.jaxpr.invars, arguments, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if is_literal(atom) else values[atom]
-
-    for equation in body.jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        values.update(zip(equation.outvars, _run(equation, operands), strict=True))
-    return [read(atom) for atom in body.jaxpr.outvars]
+    return evaluate(body.jaxpr, body.consts, arguments, lambda _, *equation: _run(*equation))
 
 
 def _run(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
@@ -128,13 +119,11 @@ def _run(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _scan(equation: Any, body: Body, operands: Sequence[Any]) -> Sequence[Any]:
-    arity = scan_arity(equation, body.jaxpr)
-    end = arity.consts + arity.carry
-    consts, carry, scanned = operands[: arity.consts], operands[arity.consts : end], operands[end:]
+    consts, carry, scanned = divide_operands(equation, body.jaxpr, operands)
 
-    def step(carry: Any, scanned: Any) -> Any:
-        outputs = _evaluate(body, [*consts, *carry, *scanned])
-        return outputs[: arity.carry], outputs[arity.carry :]
+    def step(present: Any, scanned: Any) -> Any:
+        outputs = _evaluate(body, [*consts, *present, *scanned])
+        return outputs[: len(carry)], outputs[len(carry) :]
 
     last, stacked = rescan(equation, step, list(carry), list(scanned))
     return [*last, *stacked]

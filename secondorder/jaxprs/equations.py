@@ -63,6 +63,15 @@ def scan_arity(equation: Any, body: Any) -> ScanArity:
     return ScanArity(len(equation.invars) - carry - scanned, carry)
 
 
+def divide_operands(
+    equation: Any, body: Any, operands: Sequence[Any]
+) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """The operands of a scan: constants, carry, and scanned ones."""
+    arity = scan_arity(equation, body)
+    end = arity.consts + arity.carry
+    return operands[: arity.consts], operands[arity.consts : end], operands[end:]
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an operand is written into the equation instead of being a variable."""
     return isinstance(atom, jex_core.Literal)
@@ -82,6 +91,25 @@ def run_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
     jaxpr = jex_core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
     closed = jex_core.ClosedJaxpr(jaxpr, ())  # type: ignore[attr-defined]
     return list(jex_core.jaxpr_as_fun(closed)(*values.values()))
+
+
+def evaluate(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    arguments: Sequence[Any],
+    run: Callable[[int, Any, Sequence[Any]], Sequence[Any]],
+) -> list[Any]:
+    """Evaluates a jaxpr, its equations by a function of their position, themselves and operands."""
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if is_literal(atom) else values[atom]
+
+    for position, equation in enumerate(jaxpr.eqns):
+        operands = [read(atom) for atom in equation.invars]
+        values.update(zip(equation.outvars, run(position, equation, operands), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 @functools.cache

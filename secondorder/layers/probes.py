@@ -81,16 +81,14 @@ def _evaluate_scan(
     probes: dict[int, jax.Array],
 ) -> tuple[Sequence[Any], Recorded]:
     """Scans with the probes as scanned inputs and the recorded operands as scanned outputs."""
-    arity = jaxprs.scan_arity(equation, body.jaxpr)
-    end = arity.consts + arity.carry
-    consts, carry, scanned = operands[: arity.consts], operands[arity.consts : end], operands[end:]
+    consts, carry, scanned = jaxprs.divide_operands(equation, body.jaxpr, operands)
 
-    def step(carry: Any, inputs: Any) -> Any:
+    def step(present: Any, inputs: Any) -> Any:
         scanned, probes = inputs
         outputs, recorded = evaluate(
-            body.jaxpr, body.consts, [*consts, *carry, *scanned], plan, probes
+            body.jaxpr, body.consts, [*consts, *present, *scanned], plan, probes
         )
-        return list(outputs[: arity.carry]), (list(outputs[arity.carry :]), recorded)
+        return list(outputs[: len(carry)]), (list(outputs[len(carry) :]), recorded)
 
     last, (stacked, recorded) = jaxprs.rescan(equation, step, list(carry), (list(scanned), probes))
     return [*last, *stacked], recorded
@@ -115,28 +113,23 @@ def evaluate(
     Returns:
       The results, and the operand and result of every site.
     """
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if jaxprs.is_literal(atom) else values[atom]
-
     recorded: Recorded = {}
-    for position, equation in enumerate(jaxpr.eqns):
-        operands = [read(atom) for atom in equation.invars]
+
+    def run(position: int, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
         entry = plan.entries.get(position)
         if isinstance(entry, Plan):
             inside = {site.index: probes[site.index] for site in entry.sites()}
             results, seen = _evaluate_body(equation, entry, operands, inside)
             recorded.update(seen)
-        else:
-            results = jaxprs.run_equation(equation, operands)
-        if isinstance(entry, Site):
-            output = enter_context(results[0]) + probes[entry.index]
-            recorded[entry.index] = enter_context(operands[entry.operand]), output
-            results = [leave_context(output, results[0])]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars], recorded
+            return results
+        results = jaxprs.run_equation(equation, operands)
+        if not isinstance(entry, Site):
+            return results
+        output = enter_context(results[0]) + probes[entry.index]
+        recorded[entry.index] = enter_context(operands[entry.operand]), output
+        return [leave_context(output, results[0])]
+
+    return jaxprs.evaluate(jaxpr, consts, arguments, run), recorded
 
 
 def record(discovery: Discovery, params: Any, *args: Any) -> Tape:

@@ -74,8 +74,8 @@ def complete_basis(basis: chex.ArrayTree, key: jax.Array) -> chex.ArrayTree:
 
     Example:
       >>> basis = complete_basis(jnp.array([[1.0, 0.0], [0.0, 0.0]]), jax.random.key(0))
-      >>> jnp.round(jnp.abs(basis), 5).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
+      >>> sorted(jnp.round(jnp.abs(basis), 5).tolist())
+      [[0.0, 1.0], [1.0, 0.0]]
     """
     squares = [jnp.sum(leaf**2, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(basis)]
     is_missing = replicate(jnp.sum(jnp.stack(squares), axis=0) < 0.5)  # of zeros and ones

@@ -282,3 +282,13 @@ REGISTRY = [
         terminal=True,
     ),
 ]
+
+# Their methods are run by other entries: what has to be compiled is left to the slow tests.
+VARIANTS = (
+    "lsr1-full-batch",
+    "stochastic_hessian_free",
+    "levenberg_marquardt-cg",
+    "pch-cg",
+    "newton_cg-full-batch",
+    "krylov_subspace_descent-preconditioned",
+)
