@@ -230,7 +230,7 @@ def scale_by_quadratic_model(
     ) -> tuple[chex.ArrayTree, ScaleByQuadraticModelState]:
         # 1. Value and gradient of the objective, with weight decay.
         point = look(_NAME, value_fn, params, value, grad, weight_decay)
-        objective = curvature_objective(_NAME, value_fn, curvature_fn)
+        objective: Any = curvature_objective(_NAME, value_fn, curvature_fn)  # one that splits
         forms = gauss_newton_forms(objective, params)
 
         # 2. The direction, which is told the damping; it never sees a batch that is not finite.

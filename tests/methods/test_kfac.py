@@ -109,11 +109,20 @@ def test_large_damping_gives_the_gradient():
 def test_the_limit_of_the_divergence():
     objective, params = objective_on(), params_of()
     grads = jax.grad(objective)(params)
-    tx = so.kfac(0.5, LAYERS, max_divergence=1e-4, momentum=0.0)
-    updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
-    products = jax.tree.map(lambda u, g: float(jnp.sum(u * g)), updates, grads)
-    # 1/2 eta^2 g'd = -1/2 eta g'(update)
-    np.testing.assert_allclose(-0.25 * sum(jax.tree.leaves(products)), 1e-4, rtol=1e-3)
+
+    def product(limit):
+        """Of the gradient and the step."""
+        tx = so.kfac(0.5, LAYERS, max_divergence=limit, momentum=0.0)
+        updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
+        return sum(
+            jax.tree.leaves(jax.tree.map(lambda u, g: float(jnp.sum(u * g)), updates, grads))
+        )
+
+    # 1/2 eta^2 g'd = -1/2 eta g'(step), which a shorter step changes by the square of its factor.
+    free, factor = product(None), product(1e-4) / product(None)
+    assert factor < 1
+    np.testing.assert_allclose(-0.25 * free * factor**2, 1e-4, rtol=1e-3)
+    np.testing.assert_allclose(product(1e4), free, rtol=1e-6)
 
 
 @pytest.mark.parametrize("curvature", ["sampled", "exact", "empirical"])
@@ -190,7 +199,7 @@ def attentive(p, tokens):
 def test_models_that_share_their_weights(model, width, sharing):
     params = {"table": normal(7, 5), "w": normal(5, width), "v": normal(5, 2)}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (12, 4)))
-    y = jax.nn.one_hot(jnp.sum(tokens, axis=1) > 12, 2)
+    y = jax.nn.one_hot((jnp.sum(tokens, axis=1) > 12).astype(int), 2)
     objective = so.Objective(
         lambda p: model(p, tokens), lambda z: jnp.mean(optax.softmax_cross_entropy(z, y))
     )
