@@ -162,7 +162,8 @@ def scale_by_quadratic_model(
       direction: Transform that makes the direction from the gradient; default: what arrives.
       damping: :math:`\lambda > 0` of the first model, in the scale of the curvature: a loss times
         ten needs one ten times larger.
-      damping_rule: How the damping follows the ratio. Default: `DampingRule` as it is.
+      damping_rule: How the damping follows the ratio. Default: `DampingRule` with factors of
+        :math:`(19/20)^T` for ``adapt_every`` :math:`T`, and its inverse.
       adapt_every: Judge every so many steps. Static.
       weight_decay: :math:`\tau \ge 0`.
       momentum: Whether the last step has a share. Static.
@@ -200,9 +201,9 @@ def scale_by_quadratic_model(
     References:
       Martens, Grosse (2015), arXiv 1503.05671.
     """
-    rule = DampingRule() if damping_rule is None else damping_rule
     clips = {"max_norm": max_norm, "max_divergence": max_divergence}
     _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, clips)
+    rule = _rule(adapt_every) if damping_rule is None else damping_rule
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
 
     def init(params: chex.ArrayTree) -> ScaleByQuadraticModelState:
@@ -279,6 +280,11 @@ def scale_by_quadratic_model(
         return taken, keep_unless(usable, new, state)
 
     return make_transform(_NAME, init, update)
+
+
+def _rule(adapt_every: int) -> DampingRule:
+    """The paper's, section 6.5: each of the steps between judgments counts for one twentieth."""
+    return DampingRule(raise_by=(20 / 19) ** adapt_every, lower_by=(19 / 20) ** adapt_every)
 
 
 def _minimize(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import secondorder as so
+from secondorder.methods.layerwise import with_settings_of
 
 LAYERS = "layers"  # a factory that takes `layers=so.find_layers(objective, params)`
 
@@ -90,6 +91,7 @@ KFAC_STATIC = ("update_every", "inverse_every", "seed")
 MODEL_STATIC = ("adapt_every", "plane_every")
 
 
+@with_settings_of(so.scale_by_quadratic_model)
 def modelled_kbfgs(layers: so.Layers, **settings: Any) -> optax.GradientTransformationExtraArgs:
     """K-BFGS with the quadratic model's steps, which it shares its damping with."""
     return so.scale_by_quadratic_model(so.scale_by_kbfgs(layers, momentum=0.0), **settings)
