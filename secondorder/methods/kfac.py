@@ -57,6 +57,7 @@ from secondorder.objective import all_finite, check_has_arrays, check_params, ch
 from secondorder.sharding import replicate
 
 _NAME = "scale_by_kfac"
+_NO_CURVATURE: dict[str, Any] = {"factors": (), "inverses": ()}
 _ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
 Fallback: TypeAlias = optax.GradientTransformation | Literal["diagonal"]
 
@@ -248,10 +249,17 @@ def scale_by_kfac(
         if not is_diagonal:
             rest, fallback_state = others.update(gradient, state.fallback, params, **extra_args)
         merged = merge_directions(direction, rest, params)
-        new = refreshed._replace(count=optax.safe_increment(state.count), fallback=fallback_state)
-        # 3. Nothing but a counter, if a number was not finite.
+        # 3. Nothing but a counter, if a number was not finite. The refresh has asked that itself:
+        # to select factors and inverses once more would copy them all.
         merged = jax.tree.map(lambda d: jnp.where(finite, d, jnp.zeros_like(d)), merged)
-        return merged, keep_unless(finite, new, state)
+        kept = keep_unless(
+            finite,
+            refreshed._replace(
+                count=optax.safe_increment(state.count), fallback=fallback_state, **_NO_CURVATURE
+            ),
+            state._replace(**_NO_CURVATURE),
+        )
+        return merged, kept._replace(factors=refreshed.factors, inverses=refreshed.inverses)
 
     return make_transform(_NAME, init, update)
 

@@ -34,7 +34,7 @@ from secondorder.methods.terminal import (
     look,
     zero_metrics,
 )
-from secondorder.methods.transform import make_transform
+from secondorder.methods.transform import GuardedTransformation, make_transform
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import shard_like
@@ -205,6 +205,7 @@ def scale_by_quadratic_model(
     _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, clips)
     rule = _rule(adapt_every) if damping_rule is None else damping_rule
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
+    guards = isinstance(inner, GuardedTransformation)
 
     def init(params: chex.ArrayTree) -> ScaleByQuadraticModelState:
         check_params(params, _NAME)
@@ -234,9 +235,11 @@ def scale_by_quadratic_model(
         objective: Any = curvature_objective(_NAME, value_fn, curvature_fn)  # one that splits
         forms = gauss_newton_forms(objective, params)
 
-        # 2. The direction, which is told the damping; it never sees a batch that is not finite.
+        # 2. The direction, which is told the damping. Of a batch that is not finite it sees NaN, if
+        # it guards its state itself, and else zeros.
         usable = point.usable & all_finite(updates)
-        gradient = _typed(updates, params, usable, 0.0 if direction is None else weight_decay)
+        decay = 0.0 if direction is None else weight_decay
+        gradient = _typed(updates, params, usable, jnp.nan if guards else 0.0, decay)
         vector, direction_state = inner.update(
             gradient,
             state.direction,
@@ -272,12 +275,16 @@ def scale_by_quadratic_model(
             damping=following,
             coefficients=jnp.where(accepted, step.coefficients, 0),
             last_step=taken if momentum else None,
-            direction=direction_state,
+            direction=() if guards else direction_state,
             metrics=_report(
                 state.metrics, step, ratio, predicted, clipped, ~accepted, state.damping
             ),
         )
-        return taken, keep_unless(usable, new, state)
+        if not guards:
+            return taken, keep_unless(usable, new, state)
+        # To select a state that can be many times larger than the parameters would copy all of it.
+        kept = keep_unless(usable, new, state._replace(direction=()))
+        return taken, kept._replace(direction=direction_state)
 
     return make_transform(_NAME, init, update)
 
@@ -395,16 +402,20 @@ def _judge(
 
 
 def _typed(
-    tree: chex.ArrayTree, params: chex.ArrayTree, usable: jax.Array, weight_decay: chex.Numeric
+    tree: chex.ArrayTree,
+    params: chex.ArrayTree,
+    usable: jax.Array,
+    otherwise: float,
+    weight_decay: chex.Numeric,
 ) -> chex.ArrayTree:
-    """Updates with weight decay, float32 or wider, sharded as parameters; zero if not usable."""
+    """Updates with weight decay, float32 or wider, sharded as parameters, where they are usable."""
     dtype = vectors.accumulation_dtype(params)
 
     def leaf(update: jax.Array, param: jax.Array) -> jax.Array:
         update = shard_like(update, param)
         if not is_zero(weight_decay):
             update = update.astype(dtype) + weight_decay * param.astype(dtype)
-        return jnp.where(usable, update, jnp.zeros_like(update))
+        return jnp.where(usable, update, jnp.full_like(update, otherwise))
 
     return jax.tree.map(leaf, tree, params)
 

@@ -11,9 +11,13 @@ import optax
 from secondorder.sharding import explicit_spec
 
 
+class GuardedTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """A transform that leaves its own state whole, but for counters, if a batch is not finite."""
+
+
 def make_transform(
     method: str, init: Callable[[Any], Any], update: Callable[..., Any]
-) -> optax.GradientTransformationExtraArgs:
+) -> GuardedTransformation:
     """A transform whose update first asks whether the state is one of these parameters.
 
     Only shapes are asked for, while it is traced, and on an Explicit mesh shardings.
@@ -33,7 +37,7 @@ def make_transform(
             check_state(method, state, jax.eval_shape(init, params))
         return update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, checked)
+    return GuardedTransformation(init, checked)
 
 
 def check_state(method: str, state: chex.ArrayTree, like: chex.ArrayTree) -> None:
