@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.checks import check_static_count
+from secondorder.jaxprs import canonical_convolutions
 from secondorder.layers.cases import MixedCasesError
 from secondorder.layers.columns import ModelTrace, UseColumns, record_columns, trace_model
 from secondorder.objective import Objective
@@ -105,6 +106,7 @@ class GaussNewtonFactors:
           The operator on vectors like the parameters, float32 or wider.
         """
 
+        @canonical_convolutions  # as products are made in loops
         def product(vector: chex.ArrayTree) -> chex.ArrayTree:
             return self.combination(blocks, self.rows(blocks, vector))
 
