@@ -163,7 +163,9 @@ def scale_by_quadratic_model(
       damping: :math:`\lambda > 0` of the first model, in the scale of the curvature: a loss times
         ten needs one ten times larger.
       damping_rule: How the damping follows the ratio. Default: `DampingRule` with factors of
-        :math:`(19/20)^T` for ``adapt_every`` :math:`T`, and its inverse.
+        :math:`(19/20)^T` for ``adapt_every`` :math:`T`, and its inverse, down to a hundredth of
+        the first damping: along a line the model predicts well whatever the direction is, so that
+        a good ratio does not say that the direction could do with less.
       adapt_every: Judge every so many steps. Static.
       weight_decay: :math:`\tau \ge 0`.
       momentum: Whether the last step has a share. Static.
@@ -203,7 +205,7 @@ def scale_by_quadratic_model(
     """
     clips = {"max_norm": max_norm, "max_divergence": max_divergence}
     _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, clips)
-    rule = _rule(adapt_every) if damping_rule is None else damping_rule
+    rule = _rule(damping, adapt_every) if damping_rule is None else damping_rule
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
     guards = isinstance(inner, GuardedTransformation)
 
@@ -289,9 +291,13 @@ def scale_by_quadratic_model(
     return make_transform(_NAME, init, update)
 
 
-def _rule(adapt_every: int) -> DampingRule:
+def _rule(damping: chex.Numeric, adapt_every: int) -> DampingRule:
     """The paper's, section 6.5: each of the steps between judgments counts for one twentieth."""
-    return DampingRule(raise_by=(20 / 19) ** adapt_every, lower_by=(19 / 20) ** adapt_every)
+    return DampingRule(
+        raise_by=(20 / 19) ** adapt_every,
+        lower_by=(19 / 20) ** adapt_every,
+        smallest=damping / 100,
+    )
 
 
 def _minimize(
