@@ -88,6 +88,7 @@ class ScaleByKFACState(NamedTuple):
       key: Data of a PRNG key, uint32; give each of several seeds its own.
       factors: The averaged factors of all layers.
       inverses: Their inverses, or their eigenvectors and eigenvalues.
+      in_basis: Batches since the inverses or eigenvectors were made, int32.
       fallback: State of the transform for parameters in no layer.
       metrics: Counters.
     """
@@ -96,6 +97,7 @@ class ScaleByKFACState(NamedTuple):
     key: jax.Array
     factors: KFACFactors
     inverses: KFACInverses
+    in_basis: jax.Array
     fallback: optax.OptState
     metrics: KFACMetrics
 
@@ -151,7 +153,8 @@ def scale_by_kfac(
         place of products of eigenvalues (EKFAC), averaged anew for each basis. Static.
       update_every: Refresh the factors at every so many steps only. Static.
       inverse_every: Refresh the inverses at every so many steps only, a multiple of
-        ``update_every``. Static.
+        ``update_every``. Before that many steps both are also refreshed after 1, 2, 4, 8, ..., as
+        curvature changes fast at the start. Static.
       moment_decay: Decay of the averages of factors, in [0, 1); their weights always sum to one.
       damping_split: ``"trace"`` balances the factors' mean eigenvalues, as in the paper; see
         `secondorder.scale_by_kbfgs` for the others. For ``"cholesky"`` only. Static.
@@ -214,6 +217,7 @@ def scale_by_kfac(
             key=jax.random.key_data(jax.random.key(seed)),
             factors=init_factors(settings, layers, layout, dtype),
             inverses=init_inverses(settings, layout, dtype),
+            in_basis=jnp.zeros((), jnp.int32),
             fallback=others.init(params),
             metrics=KFACMetrics(*(jnp.zeros((), jnp.int32) for _ in KFACMetrics._fields)),
         )
@@ -283,8 +287,14 @@ def _refresh_if_due(
             sample = layer_pass.sample(layer_pass.look() if seen is None else seen, key)
             return _refresh(settings, layout, layer_pass, sample, state, damping)
 
-    is_due = finite & (state.count % settings.update_every == 0)
+    is_due = finite & _is_due(settings, state.count, settings.update_every)
     return jax.lax.cond(is_due, refresh, lambda state: state, state)
+
+
+def _is_due(settings: Settings, count: jax.Array, every: int) -> jax.Array:
+    """Every so many steps, and first after powers of two: at the start all ages fast."""
+    early = (count < settings.inverse_every) & (count & (count - 1) == 0)
+    return (count % every == 0) | early
 
 
 def _refresh(
@@ -306,16 +316,17 @@ def _refresh(
         with jax.named_scope("kfac_inverses"):
             return invert(settings, layout, factors, old, positions, damping)
 
-    is_due = finite & (state.count % settings.inverse_every == 0)
+    is_due = finite & _is_due(settings, state.count, settings.inverse_every)
     none = jnp.zeros((), jnp.int32)
     inverses, failed = jax.lax.cond(is_due, due, lambda old: (old, none), state.inverses)
+    in_basis = jnp.where(is_due, 0, state.in_basis)
     if settings.inverse == "corrected":
-        count = state.count % settings.inverse_every // settings.update_every
-        corrected = correct(settings, layout, inverses, sample, count)
+        corrected = correct(settings, layout, inverses, sample, in_basis)
         inverses = jax.tree.map(lambda n, o: jnp.where(finite, n, o), corrected, inverses)
     return state._replace(
         factors=factors,
         inverses=inverses,
+        in_basis=in_basis + 1,
         metrics=metrics._replace(
             nonfinite_curvature=metrics.nonfinite_curvature + ~finite,
             curvature_updates=metrics.curvature_updates + finite,

@@ -81,10 +81,11 @@ def test_it_trains_without_one():
 
 
 def test_refreshes_are_made_when_they_are_due():
-    _, state = losses(so.kfac(0.1, LAYERS, update_every=2, inverse_every=4), steps=5)
+    _, state = losses(so.kfac(0.1, LAYERS, update_every=3, inverse_every=6), steps=10)
     metrics = so.metrics(state)
-    assert metrics["kfac/curvature_updates"] == 3  # in steps 0, 2 and 4
-    assert metrics["kfac/inverse_updates"] == 2  # in steps 0 and 4
+    assert metrics["kfac/curvature_updates"] == 7  # in steps 0, 3, 6, 9, and 1, 2, 4 at first
+    assert metrics["kfac/inverse_updates"] == 5  # in steps 0, 6, and 1, 2, 4 at first
+    assert int(state[0].in_basis) == 2
 
 
 def test_the_damping_that_it_is_told_replaces_its_own():
