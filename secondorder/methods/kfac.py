@@ -326,7 +326,7 @@ def _refresh(
     return state._replace(
         factors=factors,
         inverses=inverses,
-        in_basis=in_basis + 1,
+        in_basis=in_basis + finite,
         metrics=metrics._replace(
             nonfinite_curvature=metrics.nonfinite_curvature + ~finite,
             curvature_updates=metrics.curvature_updates + finite,
