@@ -4,7 +4,7 @@ The damping is relative to the trace, which is at least the largest eigenvalue a
 rounding. A matrix of zeros, of a parameter that no gradient has reached, has the identity as root.
 """
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -54,6 +54,17 @@ def eigh_roots(matrices: jax.Array, order: chex.Numeric, eps: chex.Numeric) -> j
     return scale * matmul(vectors * powers, jnp.swapaxes(vectors, 1, 2))
 
 
+class _Newton(NamedTuple):
+    """Iterates of a stack: ``X``, ``Y``, the error ``|Y - I|``, and the ``X`` before it grew."""
+
+    count: jax.Array  # type: ignore[assignment]
+    x: jax.Array
+    y: jax.Array
+    error: jax.Array
+    active: jax.Array
+    best: jax.Array
+
+
 def newton_roots(matrices: jax.Array, order: int, eps: chex.Numeric) -> jax.Array:
     r"""Inverse roots by the coupled Newton iteration, which is products of matrices alone.
 
@@ -86,31 +97,31 @@ def newton_roots(matrices: jax.Array, order: int, eps: chex.Numeric) -> jax.Arra
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     damped = normalized + shift * identity
     c = (order + 1) / (2 * jnp.sqrt(jnp.sum(damped**2, axis=(1, 2), keepdims=True)))
-    start = (
-        jnp.zeros((), jnp.int32),
-        identity * c ** (1 / order),
-        c * damped,
-        jnp.full(len(matrices), jnp.inf, matrices.dtype),
-        jnp.full(len(matrices), True),
-        identity * c ** (1 / order),
+    first = identity * c ** (1 / order)
+    start = _Newton(
+        count=jnp.zeros((), jnp.int32),
+        x=first,
+        y=c * damped,
+        error=jnp.full(len(matrices), jnp.inf, matrices.dtype),
+        active=jnp.full(len(matrices), True),
+        best=first,
     )
     tolerance = jnp.finfo(matrices.dtype).eps  # type: ignore[no-untyped-call]
 
-    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.any(carry[4]) & (carry[0] < _MAX_ITERATIONS)
+    def goes_on(now: _Newton) -> jax.Array:
+        return jnp.any(now.active) & (now.count < _MAX_ITERATIONS)
 
-    def iterate(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        count, x, y, last, _, best = carry
-        t = ((order + 1) * identity - y) / order
-        x, y = matmul(x, t), matmul(_power(t, order), y)
+    def iterate(now: _Newton) -> _Newton:
+        t = ((order + 1) * identity - now.y) / order
+        x, y = matmul(now.x, t), matmul(_power(t, order), now.y)
         error = jnp.max(jnp.abs(y - identity), axis=(1, 2))
         # Errors shrink slowly, then are squared; where they are no longer, they are roundings.
-        active = (error > tolerance) & ((error < last / 2) | (last > _CONVERGING))
-        improved = (error <= last)[:, None, None]
-        return count + 1, x, y, error, active, jnp.where(improved, x, best)
+        active = (error > tolerance) & ((error < now.error / 2) | (now.error > _CONVERGING))
+        best = jnp.where((error <= now.error)[:, None, None], x, now.best)
+        return _Newton(now.count + 1, x, y, error, active, best)
 
-    _, _, _, error, _, best = jax.lax.while_loop(goes_on, iterate, start)
-    return jnp.where((error < _CONVERGING)[:, None, None], scale * best, jnp.nan)
+    last = jax.lax.while_loop(goes_on, iterate, start)
+    return jnp.where((last.error < _CONVERGING)[:, None, None], scale * last.best, jnp.nan)
 
 
 def _power(matrices: jax.Array, exponent: int) -> jax.Array:

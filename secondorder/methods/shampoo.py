@@ -291,8 +291,10 @@ def _roots(
     def order_of(group: BlockGroup) -> float:
         return 2 * len(group.axes) if order is None else order
 
-    def roots(order: float, *stacks: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return kf.inverse_roots(*stacks, order, eps, solver)
+    def roots(
+        order: float, matrices: jax.Array, previous: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return kf.inverse_roots(matrices, previous, order, eps, solver)
 
     with jax.named_scope("shampoo_roots"):
         new, failed = blocks.map_by_size(roots, statistics, old, kind=order_of)
