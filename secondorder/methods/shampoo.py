@@ -167,9 +167,9 @@ def scale_by_shampoo(
       >>> import secondorder as so
       >>> params = jnp.ones((3, 2))
       >>> tx = optax.chain(so.scale_by_shampoo(grafting="none"), optax.scale(-0.1))
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> gradient = jnp.array([[3.0, 0.0], [0.0, 0.1], [0.0, 0.0]])
-      >>> updates, state = tx.update(gradient, state, params)
+      >>> updates, state = update(gradient, state, params)
       >>> jnp.abs(10 * updates).round(2).tolist()
       [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
 
@@ -399,9 +399,9 @@ def shampoo(
       >>> x, y = jnp.ones((8, 3)), jnp.zeros((8, 2))
       >>> objective = lambda w: jnp.mean((x @ w - y) ** 2)
       >>> params, tx = jnp.ones((3, 2)), so.shampoo(0.1)
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(15):
-      ...     updates, state = tx.update(jax.grad(objective)(params), state, params)
+      ...     updates, state = update(jax.grad(objective)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> float(objective(params)) < 0.5
       True
