@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,8 +116,10 @@ class Method:
         }
 
     def period(self, settings: Mapping[str, Any]) -> int:
-        """Steps after which the cost of a step repeats: ``update_every``, 1 without it."""
-        return int(self.complete(settings).get("update_every", 1))
+        """Steps after which the cost of a step repeats, by the settings that are periods."""
+        complete = self.complete(settings)
+        periods = ("update_every", "precondition_every")
+        return math.lcm(*(int(complete.get(name, 1)) for name in periods))
 
     def complete(self, settings: Mapping[str, Any]) -> Settings:
         """The settings, and the factory's defaults of all others."""
@@ -367,6 +370,20 @@ _ALL = (
         defaults={"damping": 10.0, "update_every": 5, "plane_every": 5},
         is_second_order=True,
         work=kfac_work,
+    ),
+    Method(
+        name="shampoo",
+        description="Shampoo, grafted with Adam (Gupta, Koren, Singer 2018; Anil et al. 2020)",
+        factory=lambda: of_package("shampoo"),
+        forwards_to=lambda: of_package("scale_by_shampoo"),
+        defaults={"learning_rate": 3e-3},
+    ),
+    Method(
+        name="soap",
+        description="SOAP: Adam in Shampoo's eigenbasis (Vyas et al. 2024)",
+        factory=lambda: of_package("soap"),
+        forwards_to=lambda: of_package("scale_by_soap"),
+        defaults={"learning_rate": 3e-3, "weight_decay_form": "l2"},
     ),
     Method(
         name="lsr1",

@@ -9,9 +9,13 @@ it was.
 * `lbfgs`: the inverse as its last ``p`` pairs.
 * `moments`: second moments of inputs, running averages, damped inverses.
 * `eigen`: eigenvectors, and inverses in stacks of nearly equal sizes.
+* `modes`: second moments of tensors along one axis, and products along it.
+* `roots`: inverse roots.
+* `bases`: bases of eigenvectors that follow their matrices.
 * `damping`: the shares of the two factors of a layer in its damping.
 """
 
+from secondorder.factors.bases import eigenbases, follow_bases
 from secondorder.factors.bfgs import (
     Change,
     apply_change,
@@ -19,7 +23,12 @@ from secondorder.factors.bfgs import (
     inverse_bfgs_update,
 )
 from secondorder.factors.damping import DampingSplit, split_damping
-from secondorder.factors.eigen import rotate, stacked_eigenvectors, stacked_inverses
+from secondorder.factors.eigen import (
+    map_by_size,
+    rotate,
+    stacked_eigenvectors,
+    stacked_inverses,
+)
 from secondorder.factors.lbfgs import (
     Bookkeeping,
     Forget,
@@ -32,6 +41,7 @@ from secondorder.factors.lbfgs import (
     push_pair,
     write_pair,
 )
+from secondorder.factors.modes import mode_moment, mode_product
 from secondorder.factors.moments import damped_inverse, damped_inverses, ema
 from secondorder.factors.pairs import (
     InnerProduct,
@@ -45,6 +55,13 @@ from secondorder.factors.pairs import (
     normalize_pair,
     powell_damping,
 )
+from secondorder.factors.roots import (
+    RootSolver,
+    eigh_roots,
+    finite_matrices,
+    inverse_roots,
+    newton_roots,
+)
 
 __all__ = [
     "Bookkeeping",
@@ -55,14 +72,19 @@ __all__ = [
     "InverseMemory",
     "Pair",
     "PairDamping",
+    "RootSolver",
     "accept_pair",
     "apply_change",
     "bfgs_change",
     "damp_pair",
     "damped_inverse",
     "damped_inverses",
+    "eigenbases",
+    "eigh_roots",
     "ema",
     "extend_triangle",
+    "finite_matrices",
+    "follow_bases",
     "forget_scores",
     "gram_product",
     "identity_damping",
@@ -70,7 +92,12 @@ __all__ = [
     "inverse_bfgs_update",
     "inverse_matrix",
     "inverse_product",
+    "inverse_roots",
     "levenberg_marquardt_damping",
+    "map_by_size",
+    "mode_moment",
+    "mode_product",
+    "newton_roots",
     "normalize_pair",
     "powell_damping",
     "push_pair",

@@ -1,6 +1,7 @@
 """Eigenvectors of Kronecker factors, and inverses in stacks of nearly equal sizes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,34 @@ def _buckets(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     return buckets
 
 
+def map_by_size(function: Callable[..., Any], *arguments: Sequence[jax.Array]) -> list[Any]:
+    """Applies a function to stacks of matrices, once for all stacks of one size.
+
+    Args:
+      function: Maps stacks ``(S, n, n)`` to arrays ``(S, ...)``, each matrix on its own.
+      *arguments: For each of its arguments the stacks, those of one index of equal shape.
+
+    Returns:
+      For each index what the function makes of its stacks.
+
+    Example:
+      >>> stacks = [jnp.ones((1, 1, 1)), jnp.ones((1, 2, 2)), jnp.ones((3, 1, 1))]
+      >>> [sums.tolist() for sums in map_by_size(lambda m: jnp.sum(m, axis=(1, 2)), stacks)]
+      [[1.0], [4.0], [1.0, 1.0, 1.0]]
+    """
+    results: dict[int, Any] = {}
+    sizes = [matrix.shape[-1] for matrix in arguments[0]]
+    for size in dict.fromkeys(sizes):
+        members = [index for index, other in enumerate(sizes) if other == size]
+        output = function(*(jnp.concatenate([side[i] for i in members]) for side in arguments))
+        start = 0
+        for i in members:
+            part = slice(start, start + len(arguments[0][i]))
+            results[i] = jax.tree.map(lambda array, part=part: array[part], output)
+            start = part.stop
+    return [results[i] for i in range(len(sizes))]
+
+
 def stacked_inverses(
     matrices: Sequence[jax.Array], dampings: Sequence[jax.Array]
 ) -> list[jax.Array]:
@@ -100,16 +129,12 @@ def stacked_eigenvectors(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array,
       >>> values.tolist(), jnp.abs(vectors).tolist()
       ([[1.0, 2.0]], [[[0.0, 1.0], [1.0, 0.0]]])
     """
-    decomposed: dict[int, tuple[jax.Array, jax.Array]] = {}
-    for size in dict.fromkeys(matrix.shape[-1] for matrix in matrices):
-        members = [i for i, matrix in enumerate(matrices) if matrix.shape[-1] == size]
-        values, vectors = jnp.linalg.eigh(jnp.concatenate([matrices[i] for i in members]))
-        start = 0
-        for i in members:
-            part = slice(start, start + len(matrices[i]))
-            decomposed[i] = jnp.maximum(values[part], 0), vectors[part]
-            start = part.stop
-    return [decomposed[i] for i in range(len(matrices))]
+
+    def decompose(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, vectors = jnp.linalg.eigh(stack)
+        return jnp.maximum(values, 0), vectors
+
+    return map_by_size(decompose, matrices)
 
 
 def rotate(input_basis: jax.Array, matrix: jax.Array, output_basis: jax.Array) -> jax.Array:

@@ -51,6 +51,13 @@ from secondorder.methods.saddle_free_newton import (
     SaddleFreeNewtonState,
     saddle_free_newton,
 )
+from secondorder.methods.shampoo import (
+    ScaleByShampooState,
+    ShampooMetrics,
+    scale_by_shampoo,
+    shampoo,
+)
+from secondorder.methods.soap import ScaleBySOAPState, SOAPMetrics, scale_by_soap, soap
 
 __all__ = [
     "BlockHessianFreeMetrics",
@@ -71,6 +78,7 @@ __all__ = [
     "NewtonCGState",
     "PositiveCurvatureMetrics",
     "QuadraticModelMetrics",
+    "SOAPMetrics",
     "SaddleFreeNewtonMetrics",
     "SaddleFreeNewtonState",
     "ScaleByKBFGSState",
@@ -80,6 +88,9 @@ __all__ = [
     "ScaleByLowRankSaddleFreeNewtonState",
     "ScaleByPositiveCurvatureState",
     "ScaleByQuadraticModelState",
+    "ScaleBySOAPState",
+    "ScaleByShampooState",
+    "ShampooMetrics",
     "block_hessian_free",
     "gauss_newton",
     "hessian_free",
@@ -98,5 +109,9 @@ __all__ = [
     "scale_by_lsr1",
     "scale_by_positive_curvature",
     "scale_by_quadratic_model",
+    "scale_by_shampoo",
+    "scale_by_soap",
+    "shampoo",
+    "soap",
     "stochastic_hessian_free",
 ]

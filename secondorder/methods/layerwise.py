@@ -90,7 +90,7 @@ def with_settings_of(
     `optax.inject_hyperparams` reads there which hyperparameters a factory has.
 
     Args:
-      direction: The factory that the alias calls, whose first argument the alias has too.
+      direction: The factory that the alias calls. Arguments that both have are the alias' own.
 
     Returns:
       A decorator of the alias.
@@ -98,7 +98,9 @@ def with_settings_of(
 
     def decorate(alias: Callable[..., Any]) -> Callable[..., Any]:
         own = list(inspect.signature(alias).parameters.values())[:-1]
-        more = list(inspect.signature(direction).parameters.values())[1:]
+        names = {parameter.name for parameter in own}
+        given = inspect.signature(direction).parameters
+        more = [parameter for name, parameter in given.items() if name not in names]
         alias.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
         return alias
 

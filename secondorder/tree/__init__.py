@@ -1,4 +1,4 @@
-"""Vectors that are pytrees: stacks of them, their inner products and linear combinations."""
+"""Vectors that are pytrees: stacks of them, inner products and combinations; blocks of tensors."""
 
 from secondorder.tree.blocks import (
     Blocks,
@@ -24,6 +24,7 @@ from secondorder.tree.pair_memory import (
 )
 from secondorder.tree.random import Distribution
 from secondorder.tree.stacks import gram, mix, random_stack, stack_size
+from secondorder.tree.tensor_blocks import BlockGroup, BlockLayout, arrange_blocks
 from secondorder.tree.vectors import (
     accumulation_dtype,
     combine,
@@ -39,11 +40,14 @@ from secondorder.tree.vectors import (
 )
 
 __all__ = [
+    "BlockGroup",
+    "BlockLayout",
     "BlockSetting",
     "Blocks",
     "Distribution",
     "PairMemory",
     "accumulation_dtype",
+    "arrange_blocks",
     "block_choose",
     "block_combine",
     "block_inner",

@@ -26,6 +26,7 @@ class Entry:
       learning_rate: Whether the factory takes one; otherwise it only gives a direction.
       terminal: Whether it gives the step itself, which it has tried; no learning rate follows.
       remembers: Whether its state holds vectors like the parameters, and is not counters alone.
+      idle: Steps at the start that are zero.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry:
     learning_rate: bool = True
     terminal: bool = False
     remembers: bool = True
+    idle: int = 0
 
 
 KBFGS_STATIC = ("update_every", "memory_size")
@@ -87,6 +89,11 @@ def krylov(name: str, **settings: Any) -> Entry:
     return Entry(name, so.krylov_subspace_descent, given, (), KRYLOV_STATIC, False, terminal=True)
 
 
+BLOCK_STATIC = (
+    "update_every", "precondition_every", "block_size", "merge_dims", "one_sided",
+    "precondition_vectors",
+)  # fmt: skip
+SHAMPOO_STATIC = (*BLOCK_STATIC, "start_preconditioning_step", "root_order")
 KFAC_STATIC = ("update_every", "inverse_every", "seed")
 MODEL_STATIC = ("adapt_every", "plane_every")
 
@@ -266,6 +273,41 @@ REGISTRY = [
         remembers=False,
     ),
     Entry(
+        "shampoo",
+        so.shampoo,
+        {"precondition_every": 2, "start_preconditioning_step": 1},
+        (),
+        (*SHAMPOO_STATIC, "nesterov"),
+    ),
+    Entry(
+        "scale_by_shampoo",
+        so.scale_by_shampoo,
+        {
+            "grafting": "none",
+            "gradient_decay": 0.0,
+            "moment_decay": None,
+            "root_solver": "newton",
+            "one_sided": True,
+            "precondition_every": 1,
+            "update_every": 2,
+            "block_size": 2,
+        },
+        (),
+        SHAMPOO_STATIC,
+        False,
+        remembers=False,
+    ),
+    Entry("soap", so.soap, {"precondition_every": 2, "block_size": 2}, (), BLOCK_STATIC, idle=1),
+    Entry(
+        "scale_by_soap",
+        so.scale_by_soap,
+        {"precondition_vectors": True, "one_sided": True, "precondition_every": 1},
+        (),
+        BLOCK_STATIC,
+        False,
+        idle=1,
+    ),
+    Entry(
         "scale_by_quadratic_model",
         so.scale_by_quadratic_model,
         {"damping": 0.1, "adapt_every": 1, "weight_decay": 1e-3, "max_norm": 10.0},
@@ -293,4 +335,6 @@ VARIANTS = (
     "pch-cg",
     "newton_cg-full-batch",
     "krylov_subspace_descent-preconditioned",
+    "scale_by_shampoo",
+    "scale_by_soap",
 )

@@ -72,7 +72,7 @@ LAYOUTS = {
 METHODS = (
     "kbfgs", "kbfgs-l", "lsr1", "scale_by_lsr1", "hessian_free", "block_hessian_free",
     "gauss_newton", "levenberg_marquardt", "pch", "newton_cg", "krylov_subspace_descent", "lrsfn",
-    "saddle_free_newton",
+    "saddle_free_newton", "shampoo", "soap",
 )  # fmt: skip
 CELLS = list(itertools.product(("Auto", "Explicit"), LAYOUTS))
 
