@@ -367,7 +367,12 @@ _ALL = (
         description="K-FAC with steps and damping from a quadratic model (Martens, Grosse 2015)",
         factory=lambda: functools.partial(of_package("kfac"), None),
         forwards_to=lambda: of_package("scale_by_kfac"),
-        defaults={"damping": 10.0, "update_every": 5, "plane_every": 5},
+        defaults={
+            "damping": 0.1,
+            "update_every": 2,
+            "plane_every": 5,
+            "moment_decay": 0.9,
+        },
         is_second_order=True,
         work=kfac_work,
     ),

@@ -42,7 +42,7 @@ from secondorder.factors.lbfgs import (
     write_pair,
 )
 from secondorder.factors.modes import mode_moment, mode_product
-from secondorder.factors.moments import damped_inverse, damped_inverses, ema
+from secondorder.factors.moments import damped_inverse, damped_inverses, ema, warm_decay
 from secondorder.factors.pairs import (
     InnerProduct,
     Pair,
@@ -105,5 +105,6 @@ __all__ = [
     "split_damping",
     "stacked_eigenvectors",
     "stacked_inverses",
+    "warm_decay",
     "write_pair",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
@@ -81,6 +82,26 @@ def damped_inverses(
         result.append(inverses[start : start + stack, :size, :size])
         start += stack
     return result
+
+
+def warm_decay(decay: chex.Numeric, count: jax.Array) -> jax.Array:
+    r"""The decay that makes an average one of exponential weights that sum to one.
+
+    .. math:: \beta_k = \beta\, \frac{1 - \beta^k}{1 - \beta^{k + 1}}
+
+    Args:
+      decay: :math:`\beta` in [0, 1).
+      count: What the average already holds, ``k``; with none it holds nothing.
+
+    Returns:
+      :math:`\beta_k`.
+
+    Example:
+      >>> warm_decay(0.5, jnp.int32(0)).item(), round(warm_decay(0.5, jnp.int32(1)).item(), 4)
+      (0.0, 0.3333)
+    """
+    power = jnp.asarray(decay, jnp.float32) ** count
+    return decay * (1 - power) / (1 - decay * power)
 
 
 def ema(old: Tree, new: Tree, decay: ArrayLike) -> Tree:

@@ -110,26 +110,6 @@ def init_inverses(settings: Settings, layout: Layout, dtype: Any) -> KFACInverse
     )
 
 
-def warm_decay(decay: chex.Numeric, count: jax.Array) -> jax.Array:
-    r"""The decay that makes an average one of exponential weights that sum to one.
-
-    .. math:: \beta_k = \beta\, \frac{1 - \beta^k}{1 - \beta^{k + 1}}
-
-    Args:
-      decay: :math:`\beta` in [0, 1).
-      count: What the average already holds, ``k``; with none it holds nothing.
-
-    Returns:
-      :math:`\beta_k`.
-
-    Example:
-      >>> warm_decay(0.5, jnp.int32(0)).item(), round(warm_decay(0.5, jnp.int32(1)).item(), 4)
-      (0.0, 0.3333)
-    """
-    power = jnp.asarray(decay, jnp.float32) ** count
-    return decay * (1 - power) / (1 - decay * power)
-
-
 def update_factors(
     settings: Settings, layout: Layout, factors: KFACFactors, sample: Sample, count: jax.Array
 ) -> KFACFactors:
@@ -154,7 +134,7 @@ def update_factors(
     new = KFACFactors(
         tuple(layout.join(inputs)), tuple(layout.join(outputs)), tuple(sample.squares)
     )
-    return kf.ema(factors, new, warm_decay(settings.moment_decay, count))
+    return kf.ema(factors, new, kf.warm_decay(settings.moment_decay, count))
 
 
 # Inverses.
@@ -277,7 +257,7 @@ def correct(
     """
     bases = zip(layout.split(inverses.inputs), layout.split(inverses.outputs), strict=True)
     moments = [rotated_moment(row, *basis) for row, basis in zip(sample.rows, bases, strict=True)]
-    decay = warm_decay(settings.moment_decay, count)
+    decay = kf.warm_decay(settings.moment_decay, count)
     spectra = kf.ema(inverses.spectra, tuple(layout.join(moments)), decay)
     return inverses._replace(spectra=spectra)
 

@@ -40,7 +40,6 @@ from secondorder.methods.blockwise import (
     optimizer_of,
     widen,
 )
-from secondorder.methods.kfac_factors import warm_decay
 from secondorder.methods.layerwise import WeightDecayForm, with_settings_of
 from secondorder.methods.transform import make_transform
 from secondorder.objective import check_has_arrays, check_params
@@ -275,7 +274,7 @@ def _statistics(
         new = blocks.moments(blocks.cut(gradient))
         if decay is None:
             return jax.tree.map(jnp.add, old, new)
-        return kf.ema(old, new, warm_decay(decay, count))
+        return kf.ema(old, new, kf.warm_decay(decay, count))
 
 
 def _roots(

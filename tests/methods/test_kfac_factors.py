@@ -16,7 +16,6 @@ import secondorder as so
 from secondorder import factors as kf
 from secondorder.layers.cases import keeps_classes_apart
 from secondorder.layers.rows import rotated_moment
-from secondorder.methods.kfac_factors import warm_decay
 from secondorder.methods.kfac_statistics import LayerPass, Settings
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -411,7 +410,7 @@ def test_inverses_of_different_sizes():
 def test_averages_have_weights_that_sum_to_one():
     average = 0.0
     for count, value in enumerate((1.0, 2.0, 4.0)):
-        decay = float(warm_decay(0.5, jnp.int32(count)))
+        decay = float(kf.warm_decay(0.5, jnp.int32(count)))
         average = decay * average + (1 - decay) * value
     assert average == pytest.approx((4 + 2 / 2 + 1 / 4) / (1 + 1 / 2 + 1 / 4))
 
