@@ -5,12 +5,11 @@ import math
 from pathlib import Path
 
 from benchmarks import sweeps
+from benchmarks.arguments import epochs_or_default
 from benchmarks.display import console
 from benchmarks.plotting import Line, save_lines
 from benchmarks.records import Writer, open_writer, versions
 from benchmarks.settings import SettingError, Settings, parse_grid
-
-_DEFAULT_EPOCHS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.epochs is None and args.seconds is None and args.gradients is None:
-        args.epochs = _DEFAULT_EPOCHS
+    args.epochs = epochs_or_default(args)
     points = list(parse_grid([args.vary]))
     _check_distinct(points)
     results = []

@@ -8,6 +8,7 @@ from benchmarks.arguments import (
     add_problem,
     add_record_every,
     add_settings,
+    epochs_or_default,
     load_data,
 )
 from benchmarks.display import console, describe, progress_bar, watch
@@ -16,8 +17,6 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.records import open_writer, versions
 from benchmarks.settings import parse_settings
 from benchmarks.training import EpochRecord, Run, RunOptions
-
-_DEFAULT_EPOCHS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 1 if the training diverged."""
     problem, method = PROBLEMS[args.problem], METHODS[args.method]
-    endless = args.epochs is None and args.seconds is None and args.gradients is None
     options = RunOptions(
         problem,
         method,
         overrides=parse_settings(args.settings),
-        epochs=_DEFAULT_EPOCHS if endless else args.epochs,
+        epochs=epochs_or_default(args),
         seconds=args.seconds,
         gradients=args.gradients,
         seed=args.seed,
