@@ -153,6 +153,21 @@ _AUTOENCODERS = tuple(
     for curvature, gradients in ((100, 300), (500, 300), (1500, 300), (6000, 600))
 )
 
+_RESNETS = tuple(
+    _hessian_free(
+        problem,
+        problem,
+        64,
+        blocks=("modules",),
+        solver={"max_iterations": 10},
+        peers=[_ADAM],
+        gradients=150,
+        test_size=2000,
+        **sizes,
+    )
+    for problem, sizes in (("fashion-resnet", {"train_size": 10000}), ("cifar-resnet", {}))
+)
+
 COMPARISONS: dict[str, tuple[Trial, ...]] = {
     "saddle-free": (
         _saddle_free("fashion-lenet5", 256, 64, gradients=400, **_FEW),
@@ -171,27 +186,7 @@ COMPARISONS: dict[str, tuple[Trial, ...]] = {
             gradients=1500,
             **_FEW,
         ),
-        _hessian_free(
-            "fashion-resnet",
-            "fashion-resnet",
-            64,
-            blocks=("modules",),
-            solver={"max_iterations": 10},
-            peers=[_ADAM],
-            gradients=150,
-            train_size=10000,
-            test_size=2000,
-        ),
-        _hessian_free(
-            "cifar-resnet",
-            "cifar-resnet",
-            64,
-            blocks=("modules",),
-            solver={"max_iterations": 10},
-            peers=[_ADAM],
-            gradients=150,
-            test_size=2000,
-        ),
+        *_RESNETS,
         _hessian_free(
             "shakespeare-transformer",
             "shakespeare-transformer",
