@@ -12,10 +12,10 @@ from benchmarks.comparisons import COMPARISONS, Contender, Trial
 from benchmarks.data import DataOptions, Splits
 from benchmarks.display import LOSS_COLUMNS, console, print_table, progress_bar, watch
 from benchmarks.methods import METHODS
-from benchmarks.plot import RecordedRun, axes, read_runs
 from benchmarks.plotting import save_panels
 from benchmarks.problems import PROBLEMS
-from benchmarks.records import open_writer, versions
+from benchmarks.records import open_writer
+from benchmarks.run_records import RecordedRun, panels, read_runs, written
 from benchmarks.settings import SettingError, Settings
 from benchmarks.sweeps import label
 from benchmarks.training import Run, RunOptions
@@ -118,19 +118,15 @@ def _file_name(options: RunOptions, train_size: int) -> str:
 
 def _train(run: Run, path: Path, title: str) -> None:
     """Trains; the file has its name only once it is whole."""
-    names = {"problem": run.options.problem.name, "method": run.options.method.name}
-    extra = {**names, **run.header(), "versions": versions()}
     unfinished = path.with_suffix(".part")
     unfinished.unlink(missing_ok=True)
     with open_writer(str(unfinished)) as write, progress_bar() as progress:
-        for record in watch(run, progress, title):
-            write({**record.as_json(), **extra})
-            extra = names
+        list(written(run, watch(run, progress, title), write))
     unfinished.rename(path)
 
 
 def _rank(run: RecordedRun) -> float:
-    last = run.records[-1]
+    last = run.last
     return math.inf if last["diverged"] else float(last["train_loss"])
 
 
@@ -145,26 +141,16 @@ def _report(trial: Trial, outcomes: list[Outcome], out: Path) -> None:
             for record in outcome.run.records:
                 print(json.dumps({**record, "contender": outcome.contender.label}), file=file)
     runs = [outcome.run for outcome in outcomes]
-    panels = {
-        description: [outcome.run.line(axis, outcome.contender.label) for outcome in outcomes]
-        for axis, description in axes(runs).items()
-    }
-    save_panels(out / f"{trial.name}.png", title, panels)
+    labels = [outcome.contender.label for outcome in outcomes]
+    save_panels(out / f"{trial.name}.png", title, panels(runs, labels))
     console.print(f"Plot, table and records: {out / trial.name}.*", highlight=False)
 
 
 def _row(outcome: Outcome) -> tuple[object, ...]:
-    last = outcome.run.records[-1]
-    accuracy = last.get("test_accuracy")
     return (
         outcome.contender.label,
         label({key: outcome.point[key] for key in outcome.contender.grid}) or None,
-        last["step"],
-        last["gradients"],
-        last["cpu_seconds"],
-        "diverged" if last["diverged"] else last["train_loss"],
-        last["test_loss"],
-        None if accuracy is None else f"{accuracy:.2%}",
+        *outcome.run.cells(),
     )
 
 

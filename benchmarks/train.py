@@ -14,7 +14,8 @@ from benchmarks.arguments import (
 from benchmarks.display import console, describe, progress_bar, watch
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
-from benchmarks.records import open_writer, versions
+from benchmarks.records import open_writer
+from benchmarks.run_records import written
 from benchmarks.settings import parse_settings
 from benchmarks.training import EpochRecord, Run, RunOptions
 
@@ -54,17 +55,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(training: Run, path: str | None) -> EpochRecord:
     """Trains, prints a line per epoch, and writes the records; returns the last."""
-    names = {"problem": training.options.problem.name, "method": training.options.method.name}
-    extra = {**names, **training.header(), "versions": versions()}
-    title = " ".join(names.values())
+    options = training.options
+    title = f"{options.problem.name} {options.method.name}"
     with open_writer(path) as write, progress_bar() as progress:
-        for record in watch(training, progress, title):
+        for record in written(training, watch(training, progress, title), write):
             progress.console.print(
                 f"epoch {record.epoch}: {describe(record)}, {record.seconds:.1f} s",
                 highlight=False,
             )
-            write({**record.as_json(), **extra})
-            extra = names
     return record
 
 
