@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plotting import Line
+from benchmarks.plotting import Line, Panels
 from benchmarks.records import Record, Writer, versions
 from benchmarks.settings import SettingError
 from benchmarks.training import EpochRecord, Run
@@ -16,6 +16,7 @@ from benchmarks.training import EpochRecord, Run
 _AXES = {
     "step": "updates",
     "gradients": "gradients of a batch, and work that costs as much",
+    "flops": "floating-point operations, as XLA counts a step",
     "cpu_seconds": "training seconds of the processor, without compilation",
     "seconds": "training seconds, without compilation",
 }
@@ -53,7 +54,10 @@ class RecordedRun:
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.header, self.records = records[0], records
+        per_step = records[0].get("step_flops")
+        flops = [{} if per_step is None else {"flops": per_step * r["step"]} for r in records]
+        self.records = [{**record, **own} for record, own in zip(records, flops, strict=True)]
+        self.header = self.records[0]
 
     @property
     def name(self) -> str:
@@ -73,9 +77,9 @@ class RecordedRun:
         """The last record."""
         return self.records[-1]
 
-    def line(self, axis: str, label: str) -> Line:
-        """The finite training losses over one of the axes."""
-        points = [(record[axis], record["train_loss"]) for record in self.records]
+    def line(self, axis: str, label: str, quantity: str = "train_loss") -> Line:
+        """The finite training losses, or another quantity, over one of the axes."""
+        points = [(record[axis], record[quantity]) for record in self.records]
         finite = [(x, loss) for x, loss in points if loss is not None and math.isfinite(loss)]
         return Line(label, [x for x, _ in finite], [loss for _, loss in finite])
 
@@ -83,7 +87,9 @@ class RecordedRun:
         """Where it ended: updates, gradients, seconds, and what stands under `LOSS_COLUMNS`."""
         last, accuracy = self.last, self.last.get("test_accuracy")
         return (
-            *(last[axis] for axis in axes([self])),
+            last["step"],
+            last["gradients"],
+            last.get("cpu_seconds", last["seconds"]),
             "diverged" if last["diverged"] else last["train_loss"],
             last["test_loss"],
             None if accuracy is None else f"{accuracy:.2%}",
@@ -114,17 +120,28 @@ def read_runs(path: Path) -> list[RecordedRun]:
 
 
 def axes(runs: Sequence[RecordedRun]) -> Mapping[str, str]:
-    """Updates, gradients and one kind of seconds: the processor's where all runs have them."""
-    missing = "seconds" if all("cpu_seconds" in run.header for run in runs) else "cpu_seconds"
-    return {axis: description for axis, description in _AXES.items() if axis != missing}
+    """What all runs can be plotted over; of the two kinds of seconds the processor's if it can."""
+    known = [axis for axis in _AXES if all(axis in run.header for run in runs)]
+    unused = "seconds" if "cpu_seconds" in known else "cpu_seconds"
+    return {axis: _AXES[axis] for axis in known if axis != unused}
 
 
-def panels(runs: Sequence[RecordedRun], labels: Sequence[str]) -> Mapping[str, Sequence[Line]]:
-    """The training losses over each of the `axes`, for `save_panels`."""
-    return {
-        description: [run.line(axis, label) for run, label in zip(runs, labels, strict=True)]
-        for axis, description in axes(runs).items()
-    }
+def panels(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[Panels]:
+    """The training losses, and the accuracies if there are any, over each of the `axes`."""
+    quantities = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
+    return [
+        Panels(
+            name,
+            {
+                axis_name: [
+                    run.line(axis, label, quantity) for run, label in zip(runs, labels, strict=True)
+                ]
+                for axis, axis_name in axes(runs).items()
+            },
+        )
+        for quantity, name in quantities.items()
+        if all(quantity in run.header for run in runs)
+    ]
 
 
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
