@@ -208,10 +208,21 @@ def _recorded(
     )
     path = session.folder / f"{_file_name(options, len(session.splits.train))}.jsonl"
     if not path.exists():
-        run = Run(options, session.splits)
+        run = _compiled(options, session.splits)
         _train(run, path, f"{title}: {contender.label} {label(point)} seed={seed}")
     (run_on_file,) = read_runs(path)
     return run_on_file
+
+
+def _compiled(options: RunOptions, splits: Splits) -> Run:
+    """The run, or an error of one kind where a method does not treat the model."""
+    try:
+        return Run(options, splits)
+    except SettingError:
+        raise
+    except (NotImplementedError, TypeError, ValueError) as error:
+        message = (str(error).splitlines() or [""])[0]
+        raise SettingError(f"{type(error).__name__}: {message}") from error
 
 
 def _file_name(options: RunOptions, train_size: int) -> str:

@@ -348,14 +348,14 @@ _ALL = (
     Method(
         name="kfac-jax",
         description="K-FAC of the package kfac_jax with its rules for steps and damping",
-        factory=lambda: peers.kfac_jax,
+        factory=lambda: peers.needing("kfac_jax", peers.kfac_jax),
         takes_batch=True,
         work=kfac_jax_work,
     ),
     Method(
         name="optax-shampoo",
         description="distributed Shampoo of the package optax-shampoo",
-        factory=lambda: peers.package_shampoo,
+        factory=lambda: peers.needing("optax_shampoo", peers.package_shampoo),
         defaults={"learning_rate": 1e-3},
     ),
     Method(

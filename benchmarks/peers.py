@@ -168,6 +168,12 @@ def import_peer(name: str, module: str | None = None) -> Any:
         raise _failure(name, "import", error) from error
 
 
+def needing(name: str, factory: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A factory, if the package that it needs can be imported."""
+    import_peer(name)
+    return factory
+
+
 def explain(name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function of a package whose errors name the versions that do not go together."""
 

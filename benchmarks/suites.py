@@ -134,7 +134,8 @@ def _run_part(part: Part, out: Path, data_dir: str | None, quick: bool) -> str:
     shown = [record for record in records if record.get("is_best", True)]
     _write_csv(out / f"{name}.csv", records)
     unit = f"{part.work.replace('_', ' ')}, in multiples of the best"
-    save_profile(out / f"{name}.png", name, unit, _profile(part, shown))
+    if shown:
+        save_profile(out / f"{name}.png", name, unit, _profile(part, shown))
     console.print(f"Plot, table and records: {out / name}*", highlight=False)
     columns = ("problem", "method", *([part.solved] if part.solved else []), *part.columns)
     rows = [[_cell(record, column) for column in columns] for record in shown]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import compare, peers
+from benchmarks import baselines, compare, peers
 from benchmarks.cli import main
 from benchmarks.comparison_report import Outcome, report, write_region
 from benchmarks.comparisons import COMPARISONS
@@ -140,12 +140,23 @@ def test_what_cannot_run_is_a_row_of_the_table(monkeypatch, tmp_path):
         raise SettingError(f"{name} 0.0 does not import on JAX 0.0: ImportError: gone")
 
     monkeypatch.setattr(peers, "import_peer", missing)
-    contenders = (Contender("sgd"), Contender("kfac-jax"), Contender("nag", like="kfac-jax"))
+
+    def refuse(learning_rate, eps, weight_decay):
+        raise NotImplementedError("no such layers [yet]\nmore")
+
+    monkeypatch.setattr(baselines, "adam", refuse)
+    contenders = (
+        Contender("sgd"),
+        Contender("kfac-jax"),
+        Contender("nag", like="kfac-jax"),
+        Contender("adam"),
+    )
     trial = dataclasses.replace(TRIAL, contenders=contenders)
     monkeypatch.setitem(COMPARISONS, "saddle-free", (trial,))
     assert main(["compare", "saddle-free", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "small.md").read_text()
     assert "| kfac-jax | not run: kfac_jax 0.0 does not import on JAX 0.0: ImportError" in text
+    assert "| adam | not run: NotImplementedError: no such layers [yet] |" in text
     assert "| nag | not run: it takes the settings of kfac-jax, which has not run |" in text
     assert "| sgd |  | 6 |" in text
 
