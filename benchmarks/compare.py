@@ -90,12 +90,22 @@ def run(args: argparse.Namespace) -> int:
         sections = suites.run(SUITES[args.comparison], args.out, args.data_dir, args.quick)
     else:
         sections = _run_trials(args)
-    text = "\n".join(sections)
+    text = "\n".join([f"Made by `{_command(args)}`.\n", *sections])
     (args.out / f"{args.comparison}.md").write_text(text, encoding="utf-8")
     if args.write_results is not None:
         write_region(args.write_results, args.comparison, text)
         console.print(f"Results: {args.write_results}", highlight=False)
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that makes the same tables, wherever their files are."""
+    words = ["python -m benchmarks compare", args.comparison]
+    for option in ("only", "methods", "seed", "seeds"):
+        value = getattr(args, option)
+        if value not in (None, {"seed": 0, "seeds": 1}.get(option)):
+            words.append(f"--{option} {value}")
+    return " ".join([*words, "--quick"] if args.quick else words)
 
 
 def _refuse_trial_options(args: argparse.Namespace) -> None:

@@ -126,6 +126,7 @@ def test_best_settings_are_run_with_every_seed(monkeypatch, tmp_path):
         "sgd_learning_rate=1e-09_200_50_None_3_0",
     ]
     text = (tmp_path / "saddle-free.md").read_text()
+    assert "`python -m benchmarks compare saddle-free --methods sgd --seeds 2`" in text
     assert "2 settings to try, each with the work of 3 gradients" in text
     assert "±" in text
     assert "| 1e+09 | none |  |  |  | sgd |" in text
