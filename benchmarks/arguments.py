@@ -6,6 +6,8 @@ from benchmarks.data import DataOptions, Splits
 from benchmarks.data.sources import DATA_VARIABLE
 from benchmarks.problems import PROBLEMS, Problem
 
+_DEFAULT_EPOCHS = 10
+
 
 def add_problem(parser: argparse.ArgumentParser) -> None:
     """Adds ``--problem`` and the options that change its size."""
@@ -33,6 +35,12 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         metavar="G",
         help="stop after evaluations and products that cost as much as G gradients of a batch",
     )
+
+
+def epochs_or_default(args: argparse.Namespace) -> int | None:
+    """``--epochs``, or 10 where the arguments of `add_limits` set no limit at all."""
+    is_endless = args.epochs is None and args.seconds is None and args.gradients is None
+    return _DEFAULT_EPOCHS if is_endless else args.epochs
 
 
 def add_record_every(parser: argparse.ArgumentParser) -> None:

@@ -2,69 +2,133 @@
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import suites
 from benchmarks.arguments import add_data_dir
-from benchmarks.comparisons import COMPARISONS, Contender, Trial
+from benchmarks.comparison_report import Outcome, report, write_region
+from benchmarks.comparisons import COMPARISONS
 from benchmarks.data import DataOptions, Splits
-from benchmarks.display import LOSS_COLUMNS, console, print_table, progress_bar, watch
+from benchmarks.display import console, progress_bar, watch
 from benchmarks.methods import METHODS
-from benchmarks.plot import RecordedRun, axes, read_runs
-from benchmarks.plotting import save_panels
 from benchmarks.problems import PROBLEMS
-from benchmarks.records import open_writer, versions
+from benchmarks.records import open_writer
+from benchmarks.run_records import RecordedRun, read_runs, written
 from benchmarks.settings import SettingError, Settings
+from benchmarks.suites import SUITES
 from benchmarks.sweeps import label
 from benchmarks.training import Run, RunOptions
+from benchmarks.trials import Contender, Trial
 
-_COLUMNS = ("method", "settings", "updates", "gradients", "seconds", *LOSS_COLUMNS)
+_RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The best run of a contender.
+class Session:
+    """What the runs of a trial share.
 
     Attributes:
-        contender: The contender.
-        point: The settings that were best.
-        run: Its records.
+        trial: The trial.
+        splits: Its data.
+        folder: For the records of its runs.
+        seed: Of the runs to tune with; the others follow it.
+        seeds: How often the best setting is run.
     """
 
-    contender: Contender
-    point: Settings
-    run: RecordedRun
+    trial: Trial
+    splits: Splits
+    folder: Path
+    seed: int
+    seeds: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("comparison", choices=sorted(COMPARISONS), metavar="NAME")
+    names = sorted((*COMPARISONS, *SUITES))
+    parser.add_argument("comparison", choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("comparisons"), metavar="DIR")
     parser.add_argument("--only", metavar="TRIAL", help="this one of its trials")
+    parser.add_argument("--methods", metavar="M,N,...", help="these of its methods; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the best settings with N seeds, from --seed on; default %(default)s",
+    )
     parser.add_argument("--quick", action="store_true", help="little data and work")
+    parser.add_argument(
+        "--write-results",
+        nargs="?",
+        type=Path,
+        const=_RESULTS,
+        metavar="FILE",
+        help="put the tables between the comments of the comparison in FILE; default: RESULTS.md",
+    )
     add_data_dir(parser)
 
 
 def catalogue() -> str:
-    """The comparisons with their trials."""
-    lines = [
-        f"  {name:28} {', '.join(trial.name for trial in trials)}"
-        for name, trials in COMPARISONS.items()
-    ]
-    return "\n".join(["comparisons:", *lines])
+    """The comparisons with their trials and their lengths."""
+    lines = ["comparisons, with their length on one core for one seed and for three:"]
+    for name, trials in COMPARISONS.items():
+        lengths = ", ".join(_duration(sum(t.hours(seeds) for t in trials)) for seeds in (1, 3))
+        lines.append(f"  {name:26} {lengths}: {', '.join(trial.name for trial in trials)}")
+    lines += [f"  {name:26} {suite.description}" for name, suite in SUITES.items()]
+    return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    for trial in _trials(args):
+    if args.seeds < 1:
+        raise SettingError("--seeds must be at least 1.")
+    if args.comparison in SUITES:
+        _refuse_trial_options(args)
+        sections = suites.run(SUITES[args.comparison], args.out, args.data_dir, args.quick)
+    else:
+        sections = _run_trials(args)
+    text = "\n".join([f"Made by `{_command(args)}`.\n", *sections])
+    (args.out / f"{args.comparison}.md").write_text(text, encoding="utf-8")
+    if args.write_results is not None:
+        write_region(args.write_results, args.comparison, text)
+        console.print(f"Results: {args.write_results}", highlight=False)
+    return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that makes the same tables, wherever their files are."""
+    words = ["python -m benchmarks compare", args.comparison]
+    for option in ("only", "methods", "seed", "seeds"):
+        value = getattr(args, option)
+        if value not in (None, {"seed": 0, "seeds": 1}.get(option)):
+            words.append(f"--{option} {value}")
+    return " ".join([*words, "--quick"] if args.quick else words)
+
+
+def _refuse_trial_options(args: argparse.Namespace) -> None:
+    if args.only or args.methods or args.seeds > 1:
+        raise SettingError(f"{args.comparison} has no --only, --methods and --seeds.")
+
+
+def _run_trials(args: argparse.Namespace) -> list[str]:
+    trials = _trials(args)
+    hours = sum(trial.hours(args.seeds) for trial in trials)
+    count = sum(trial.runs(args.seeds) for trial in trials)
+    console.print(
+        f"{count} runs, about {_duration(hours)} on one core; those on file are not repeated.",
+        highlight=False,
+    )
+    sections = []
+    for trial in trials:
         options = DataOptions.from_environment(args.data_dir, trial.train_size, trial.test_size)
         splits = PROBLEMS[trial.problem].load(options)
-        outcomes = list(_outcomes(trial, splits, args.out / trial.problem, args.seed))
-        _report(trial, outcomes, args.out)
-    return 0
+        session = Session(trial, splits, args.out / trial.problem, args.seed, args.seeds)
+        outcomes = list(_outcomes(session))
+        sections.append(report(trial, outcomes, args.out, _budget(session)))
+    return sections
 
 
 def _trials(args: argparse.Namespace) -> list[Trial]:
@@ -72,39 +136,103 @@ def _trials(args: argparse.Namespace) -> list[Trial]:
     if not trials:
         names = ", ".join(trial.name for trial in COMPARISONS[args.comparison])
         raise SettingError(f"{args.comparison} has no trial {args.only}; it has: {names}.")
-    return [trial.shortened() if args.quick else trial for trial in trials]
+    if args.methods is not None:
+        trials = [_with_methods(trial, args.methods.split(",")) for trial in trials]
+    if args.quick:
+        trials = [trial.shortened(is_first=trial is trials[0]) for trial in trials]
+    return trials
 
 
-def _outcomes(trial: Trial, splits: Splits, folder: Path, seed: int) -> Iterator[Outcome]:
-    """The best run of every contender; runs that are on file are not repeated."""
+def _with_methods(trial: Trial, names: list[str]) -> Trial:
+    known = {contender.label: contender for contender in trial.contenders}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SettingError(f"{trial.name} has no {', '.join(unknown)}; it has: {', '.join(known)}.")
+    chosen = {name: known[name] for name in known if name in names}
+    missing = [c.like for c in chosen.values() if c.like and c.like not in chosen]
+    if missing:
+        raise SettingError(f"{', '.join(missing)} must be among --methods: others take its rates.")
+    return dataclasses.replace(trial, contenders=tuple(chosen.values()))
+
+
+def _budget(session: Session) -> str:
+    """What was done for each method, for a reader of the tables."""
+    trial, samples = session.trial, len(session.splits.train)
+    points = sorted({len(list(c.points())) for c in trial.contenders if not c.like})
+    batch = trial.batch_size or PROBLEMS[trial.problem].batch_size
+    return (
+        f"Problem `{trial.problem}`, {samples} training samples, batches of {batch}. Each method "
+        f"had {' or '.join(map(str, points))} settings to try, each with the work of "
+        f"{trial.gradients * trial.tuning:g} gradients of a batch; the best by final training loss "
+        f"was run with {trial.gradients:g} and {session.seeds} "
+        f"seed{'s' if session.seeds > 1 else ''}, from {session.seed} on: the same initial "
+        "parameters and batches for all. Seconds leave compilation and evaluation out. "
+        "Floating-point operations are XLA's count of a step times the steps: it counts the body "
+        "of a loop once, the costlier side of a branch always, and no factorizations."
+    )
+
+
+def _outcomes(session: Session) -> Iterator[Outcome]:
+    """The best setting of every contender; runs that are on file are not repeated."""
     chosen: dict[str, Settings] = {}
-    for contender in trial.contenders:
-        points = [chosen[contender.like]] if contender.like else list(contender.points())
-        runs = [_recorded(trial, contender, point, splits, folder, seed) for point in points]
-        point, best = min(zip(points, runs, strict=True), key=lambda pair: _rank(pair[1]))
-        chosen[contender.label] = point
-        yield Outcome(contender, point, best)
+    for number, contender in enumerate(session.trial.contenders, start=1):
+        title = f"{number}/{len(session.trial.contenders)} {session.trial.name}"
+        try:
+            if contender.like and contender.like not in chosen:
+                raise SettingError(f"it takes the settings of {contender.like}, which has not run")
+            given = [chosen[contender.like]] if contender.like else list(contender.points())
+            point = _tuned(session, contender, given, title)
+            seeds = range(session.seed, session.seed + session.seeds)
+            runs = [_recorded(session, contender, point, seed, 1.0, title) for seed in seeds]
+        except SettingError as error:
+            console.print(f"{title}: {contender.label} not run: {error}", markup=False)
+            yield Outcome(contender, failure=str(error))
+        else:
+            chosen[contender.label] = point
+            yield Outcome(contender, point, tuple(runs))
+
+
+def _tuned(session: Session, contender: Contender, points: list[Settings], title: str) -> Settings:
+    """The point whose run ends at the smallest training loss."""
+    if len(points) == 1:
+        return points[0]
+    share = session.trial.tuning
+    runs = [_recorded(session, contender, point, session.seed, share, title) for point in points]
+    return min(zip(points, runs, strict=True), key=lambda pair: _rank(pair[1]))[0]
 
 
 def _recorded(
-    trial: Trial, contender: Contender, point: Settings, splits: Splits, folder: Path, seed: int
+    session: Session, contender: Contender, point: Settings, seed: int, share: float, title: str
 ) -> RecordedRun:
     """The records of a run, from its file if it was finished before."""
+    trial = session.trial
     options = RunOptions(
         PROBLEMS[trial.problem],
         METHODS[contender.method],
         overrides=point,
-        gradients=trial.gradients,
+        gradients=trial.gradients * share,
         seed=seed,
         batch_size=trial.batch_size,
         curvature_batch_size=contender.curvature_batch_size,
-        records=trial.records,
+        records=trial.records if share == 1 else 2,
     )
-    path = folder / f"{_file_name(options, len(splits.train))}.jsonl"
+    path = session.folder / f"{_file_name(options, len(session.splits.train))}.jsonl"
     if not path.exists():
-        _train(Run(options, splits), path, f"{trial.name}: {contender.label} {label(point)}")
-    (run,) = read_runs(path)
-    return run
+        run = _compiled(options, session.splits)
+        _train(run, path, f"{title}: {contender.label} {label(point)} seed={seed}")
+    (run_on_file,) = read_runs(path)
+    return run_on_file
+
+
+def _compiled(options: RunOptions, splits: Splits) -> Run:
+    """The run, or an error of one kind where a method does not treat the model."""
+    try:
+        return Run(options, splits)
+    except SettingError:
+        raise
+    except (NotImplementedError, TypeError, ValueError) as error:
+        message = (str(error).splitlines() or [""])[0]
+        raise SettingError(f"{type(error).__name__}: {message}") from error
 
 
 def _file_name(options: RunOptions, train_size: int) -> str:
@@ -118,63 +246,16 @@ def _file_name(options: RunOptions, train_size: int) -> str:
 
 def _train(run: Run, path: Path, title: str) -> None:
     """Trains; the file has its name only once it is whole."""
-    names = {"problem": run.options.problem.name, "method": run.options.method.name}
-    extra = {**names, **run.header(), "versions": versions()}
     unfinished = path.with_suffix(".part")
     unfinished.unlink(missing_ok=True)
     with open_writer(str(unfinished)) as write, progress_bar() as progress:
-        for record in watch(run, progress, title):
-            write({**record.as_json(), **extra})
-            extra = names
+        list(written(run, watch(run, progress, title), write))
     unfinished.rename(path)
 
 
 def _rank(run: RecordedRun) -> float:
-    last = run.records[-1]
-    return math.inf if last["diverged"] else float(last["train_loss"])
+    return math.inf if run.last["diverged"] else float(run.last["train_loss"])
 
 
-def _report(trial: Trial, outcomes: list[Outcome], out: Path) -> None:
-    """Prints the table; writes it, all records, and the plot."""
-    title = f"{trial.name}, {trial.gradients:g} gradients"
-    rows = [_row(outcome) for outcome in outcomes]
-    print_table(title, _COLUMNS, rows)
-    (out / f"{trial.name}.md").write_text(_markdown(rows), encoding="utf-8")
-    with (out / f"{trial.name}.jsonl").open("w", encoding="utf-8") as file:
-        for outcome in outcomes:
-            for record in outcome.run.records:
-                print(json.dumps({**record, "contender": outcome.contender.label}), file=file)
-    runs = [outcome.run for outcome in outcomes]
-    panels = {
-        description: [outcome.run.line(axis, outcome.contender.label) for outcome in outcomes]
-        for axis, description in axes(runs).items()
-    }
-    save_panels(out / f"{trial.name}.png", title, panels)
-    console.print(f"Plot, table and records: {out / trial.name}.*", highlight=False)
-
-
-def _row(outcome: Outcome) -> tuple[object, ...]:
-    last = outcome.run.records[-1]
-    accuracy = last.get("test_accuracy")
-    return (
-        outcome.contender.label,
-        label({key: outcome.point[key] for key in outcome.contender.grid}) or None,
-        last["step"],
-        last["gradients"],
-        last["cpu_seconds"],
-        "diverged" if last["diverged"] else last["train_loss"],
-        last["test_loss"],
-        None if accuracy is None else f"{accuracy:.2%}",
-    )
-
-
-def _markdown(rows: list[tuple[object, ...]]) -> str:
-    """The table for a report."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *rows]
-    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _duration(hours: float) -> str:
+    return f"{hours:.0f} h" if hours >= 2 else f"{60 * hours:.0f} min"

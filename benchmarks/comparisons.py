@@ -5,76 +5,11 @@ the same parameters and see the same batches in the same order, and all have the
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.settings import Settings
-
-Grid = Mapping[str, Sequence[Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """A method with the settings that are tuned for it.
-
-    Attributes:
-        method: Its name in `METHODS`.
-        grid: Values of settings, of which every combination is tried.
-        settings: Further settings, the same for all of them.
-        name: What it is called in the plot; by default the method.
-        like: Another contender whose best settings it takes instead of a grid of its own.
-        curvature_batch_size: Samples for the curvature; None leaves it to the method.
-    """
-
-    method: str
-    grid: Grid = dataclasses.field(default_factory=dict)
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    name: str | None = None
-    like: str | None = None
-    curvature_batch_size: int | None = None
-
-    @property
-    def label(self) -> str:
-        """What it is called."""
-        return self.name or self.method
-
-    def points(self) -> Iterator[Settings]:
-        """All settings to try, one if there is no grid."""
-        for values in itertools.product(*self.grid.values()):
-            yield {**self.settings, **dict(zip(self.grid, values, strict=True))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """Several methods on one problem.
-
-    Attributes:
-        name: Of its plot and its table.
-        problem: The problem's name in `PROBLEMS`.
-        contenders: The methods; one that is ``like`` another comes after it.
-        gradients: Work to spend on each run, in gradients of a batch.
-        batch_size: Samples per step; None takes the problem's.
-        train_size: Training samples; None takes all.
-        test_size: Test samples; None takes all.
-        records: Losses that are recorded over the run.
-    """
-
-    name: str
-    problem: str
-    contenders: tuple[Contender, ...]
-    gradients: float
-    batch_size: int | None = None
-    train_size: int | None = None
-    test_size: int | None = None
-    records: int = 8
-
-    def shortened(self) -> "Trial":
-        """The trial with little data and little work: whether all runs, not what they reach."""
-        return dataclasses.replace(
-            self, gradients=self.gradients / 50, train_size=1000, test_size=200, records=2
-        )
-
+from benchmarks.families import FAMILIES
+from benchmarks.trials import Contender, Trial
 
 _SGD = Contender("sgd", {"learning_rate": (0.01, 0.03, 0.1, 0.3, 1.0)})
 _ADAM = Contender("adam", {"learning_rate": (1e-3, 3e-3, 1e-2)})
@@ -153,7 +88,23 @@ _AUTOENCODERS = tuple(
     for curvature, gradients in ((100, 300), (500, 300), (1500, 300), (6000, 600))
 )
 
+_RESNETS = tuple(
+    _hessian_free(
+        problem,
+        problem,
+        64,
+        blocks=("modules",),
+        solver={"max_iterations": 10},
+        peers=[_ADAM],
+        gradients=150,
+        test_size=2000,
+        **sizes,
+    )
+    for problem, sizes in (("fashion-resnet", {"train_size": 10000}), ("cifar-resnet", {}))
+)
+
 COMPARISONS: dict[str, tuple[Trial, ...]] = {
+    **FAMILIES,
     "saddle-free": (
         _saddle_free("fashion-lenet5", 256, 64, gradients=400, **_FEW),
         _saddle_free("mnist-autoencoder", 250, 64, gradients=400, **_FEW),
@@ -171,27 +122,7 @@ COMPARISONS: dict[str, tuple[Trial, ...]] = {
             gradients=1500,
             **_FEW,
         ),
-        _hessian_free(
-            "fashion-resnet",
-            "fashion-resnet",
-            64,
-            blocks=("modules",),
-            solver={"max_iterations": 10},
-            peers=[_ADAM],
-            gradients=150,
-            train_size=10000,
-            test_size=2000,
-        ),
-        _hessian_free(
-            "cifar-resnet",
-            "cifar-resnet",
-            64,
-            blocks=("modules",),
-            solver={"max_iterations": 10},
-            peers=[_ADAM],
-            gradients=150,
-            test_size=2000,
-        ),
+        *_RESNETS,
         _hessian_free(
             "shakespeare-transformer",
             "shakespeare-transformer",

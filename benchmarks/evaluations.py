@@ -191,6 +191,17 @@ def kfac_work(state: optax.OptState, site: Site) -> Work:
     return modelled._replace(curvature=modelled.curvature + passes)
 
 
+def kfac_jax_work(state: optax.OptState, site: Site) -> Work:
+    """The work of kfac_jax: sampled cotangents, and its quadratic model in every step."""
+    return kfac_work(state, site._replace(settings={"plane_every": 1, "learning_rate": None}))
+
+
+def sophia_work(state: optax.OptState, site: Site) -> Work:
+    """The work of Sophia: a product with the Hessian in a refresh, spread over the steps."""
+    del state
+    return Work(batch=HESSIAN_PRODUCT / int(site.settings["update_every"]))
+
+
 def layer_statistics_work(state: optax.OptState, site: Site) -> Work:
     """The work of a method whose products do not depend on the batch, but statistics of it do."""
     return Work(batch=hessian_free_work(state, site).batch, curvature=1.0)

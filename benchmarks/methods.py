@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import secondorder as so
-from benchmarks import baselines
+from benchmarks import baselines, peers
 from benchmarks.blocks import block_labels
 from benchmarks.evaluations import (
     HESSIAN_PRODUCT,
@@ -24,6 +24,7 @@ from benchmarks.evaluations import (
     Work,
     block_hessian_free_work,
     hessian_free_work,
+    kfac_jax_work,
     kfac_work,
     layer_statistics_work,
     levenberg_marquardt_work,
@@ -31,8 +32,9 @@ from benchmarks.evaluations import (
     low_rank_work,
     lsr1_work,
     quadratic_model_work,
+    sophia_work,
 )
-from benchmarks.problems import Params, Problem
+from benchmarks.problems import Batch, Params, Problem
 from benchmarks.settings import SettingError, Settings, check_keys
 from secondorder.objective import Objective
 
@@ -47,11 +49,13 @@ class Context:
         problem: The problem.
         objective: Its objective on a batch of the size that is trained with.
         params: Its initial parameters.
+        batch: The batch of the objective.
     """
 
     problem: Problem
     objective: Objective[Params]
     params: Params
+    batch: Batch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Method:
             that they are settings too; None where it has no such arguments.
         defaults: Settings for every problem, over the factory's own defaults.
         by_problem: Settings for one problem, over ``defaults``.
+        takes_batch: Whether updates are given the batch itself, as ``batch``.
         is_second_order: Whether the demo shows it as a method of this package.
         extra_gradients: Gradients that an update evaluates itself wherever the cost of a step
             repeats, beside what its state counts.
@@ -79,6 +84,7 @@ class Method:
     forwards_to: Callable[[], Factory] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     by_problem: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    takes_batch: bool = False
     is_second_order: bool = False
     extra_gradients: int = 0
     work: Callable[[optax.OptState, Site], Work] = linesearch_work
@@ -141,7 +147,8 @@ class Method:
     def build(self, context: Context, settings: Settings) -> optax.GradientTransformationExtraArgs:
         """Makes the transform, in the one interface of this package and of optax.
 
-        A factory that takes ``layers`` is given those of the model; a setting ``blocks`` is the
+        A factory that takes ``layers`` is given those of the model, and one that takes ``context``
+        all that there is; a setting ``blocks`` is the
         name of a partition of its parameters, see `benchmarks.blocks.block_labels`.
         """
         arguments = dict(settings)
@@ -150,8 +157,12 @@ class Method:
         if "layers" in self._arguments():
             find_layers = of_package("find_layers")
             arguments["layers"] = find_layers(context.objective, context.params)
+        if "context" in self._arguments():
+            arguments["context"] = context
         try:
             return optax.with_extra_args_support(self.factory()(**arguments))
+        except SettingError:
+            raise
         except (TypeError, ValueError) as error:
             raise SettingError(f"{self.name}: {error}") from error
 
@@ -160,7 +171,7 @@ class Method:
         return {
             name: parameter
             for name, parameter in self._arguments().items()
-            if parameter.kind is not parameter.VAR_KEYWORD and name != "layers"
+            if parameter.kind is not parameter.VAR_KEYWORD and name not in ("layers", "context")
         }
 
     def _arguments(self) -> dict[str, inspect.Parameter]:
@@ -191,6 +202,11 @@ def _low_rank(name: str, description: str, **fixed: Any) -> Method:
         defaults={"learning_rate": 0.3},
         work=low_rank_work,
     )
+
+
+def _shampoo_like(name: str, description: str) -> Method:
+    """A method of the package that needs nothing but a learning rate."""
+    return Method(name, description, lambda: of_package(name), defaults={"learning_rate": 1e-3})
 
 
 def lsr1(
@@ -326,6 +342,26 @@ _ALL = (
         defaults={"learning_rate": 0.1},
     ),
     Method(
+        name="sophia",
+        description="optax.contrib.sophia with Hutchinson's probes",
+        factory=lambda: peers.sophia,
+        defaults={"learning_rate": 1e-3},
+        work=sophia_work,
+    ),
+    Method(
+        name="kfac-jax",
+        description="K-FAC of the package kfac_jax with its rules for steps and damping",
+        factory=lambda: peers.needing("kfac_jax", peers.kfac_jax),
+        takes_batch=True,
+        work=kfac_jax_work,
+    ),
+    Method(
+        name="optax-shampoo",
+        description="distributed Shampoo of the package optax-shampoo",
+        factory=lambda: peers.needing("optax_shampoo", peers.package_shampoo),
+        defaults={"learning_rate": 1e-3},
+    ),
+    Method(
         name="kbfgs",
         description="K-BFGS (Goldfarb, Ren, Bahamou 2020)",
         factory=lambda: of_package("kbfgs"),
@@ -376,6 +412,8 @@ _ALL = (
         is_second_order=True,
         work=kfac_work,
     ),
+    _shampoo_like("shampoo", "Shampoo (Gupta, Koren, Singer 2018)"),
+    _shampoo_like("soap", "SOAP, Adam in the eigenbasis of Shampoo (Vyas et al. 2024)"),
     Method(
         name="shampoo",
         description="Shampoo, grafted with Adam (Gupta, Koren, Singer 2018; Anil et al. 2020)",
@@ -464,4 +502,7 @@ _ALL = (
     _low_rank("lrsfn-random", "lrsfn on a random subspace", warm_start=False, passes=1),
 )
 
+# What a user would take instead of a method of the package.
+_PEERS = "sgd nag adam adamw adadelta muon sophia lbfgs lbfgs-nols kfac-jax optax-shampoo"
+PEERS = frozenset(_PEERS.split())
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

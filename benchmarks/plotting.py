@@ -36,11 +36,24 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Training losses of one run over anything."""
+    """Training losses, or another quantity, of one run over anything."""
 
     label: str
     positions: Sequence[float]
     losses: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """One quantity of all runs over several things: a row of a figure.
+
+    Attributes:
+        name: Of the quantity.
+        lines: By what the positions are, one line per run.
+    """
+
+    name: str
+    lines: Mapping[str, Sequence[Line]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +106,50 @@ def save_lines(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> N
     _save(figure, path)
 
 
-def save_panels(path: Path, title: str, panels: Mapping[str, Sequence[Line]]) -> None:
-    """Saves a figure with the same runs over several things side by side, on logarithmic axes.
+def save_panels(path: Path, title: str, rows: Sequence[Panels]) -> None:
+    """Saves a figure with the same runs over several things side by side.
 
     Args:
         path: The PNG file.
         title: Title of the figure.
-        panels: By what the positions are, one line per run; positions must be positive.
+        rows: Over the same things; positions must be positive. The axes of the first row, which
+            has the losses, are logarithmic.
     """
-    figure = _figure(title, width=5.5 * len(panels), height=5)
-    rows = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-    for axes, (x_label, lines) in zip(rows[0], panels.items(), strict=True):
-        for number, line in enumerate(lines):
-            axes.plot(line.positions, line.losses, **_style(number, line.label, is_dashed=False))
-        _decorate(axes, "", x_label)
-        axes.set_xscale("log")
-        _label_decades(axes.xaxis)
-    rows[0, 0].legend(frameon=False)
+    columns = len(rows[0].lines)
+    figure = _figure(title, width=5.5 * columns, height=5 * len(rows))
+    grid = figure.subplots(len(rows), columns, sharey="row", squeeze=False)
+    for number, row in enumerate(rows):
+        for axes, (x_label, lines) in zip(grid[number], row.lines.items(), strict=True):
+            for place, line in enumerate(lines):
+                axes.plot(line.positions, line.losses, **_style(place, line.label, False))
+            _decorate(axes, "", x_label, row.name, y_scale="linear" if number else "log")
+            axes.set_xscale("log")
+            _label_decades(axes.xaxis)
+    grid[0, 0].legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def save_profile(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> None:
+    """Saves how the share of solved problems grows with the work.
+
+    Args:
+        path: The PNG file.
+        title: Title of the figure.
+        x_label: What the work is measured in.
+        lines: One per method: the work after which each of its problems was solved, in rising
+            order, with the share that was solved by then.
+    """
+    figure = _figure(title, width=7, height=5)
+    axes = figure.subplots()
+    end = 1.5 * max((x for line in lines for x in line.positions), default=1.0)
+    for number, line in enumerate(lines):
+        positions, shares = [1.0, *line.positions, end], [0.0, *line.losses]
+        heights = [*shares, shares[-1]]
+        axes.step(positions, heights, where="post", **_style(number, line.label, False))
+    _decorate(axes, "", x_label, "share of problems solved", y_scale="linear")
+    axes.set(xscale="log", ylim=(0, 1.05))
+    _label_decades(axes.xaxis)
+    axes.legend(frameon=False, fontsize="small")
     _save(figure, path)
 
 
@@ -126,10 +166,12 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
+    # More lines than colours are told apart by their dashes.
+    dashes = ("--",) if is_dashed else ("-", "--", ":", "-.")
     return {
         "label": label,
         "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": "--" if is_dashed else "-",
+        "linestyle": dashes[number // len(_COLOURS) % len(dashes)],
         "linewidth": 1.8,
     }
 
@@ -141,8 +183,11 @@ def _label_decades(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _decorate(axes: Axes, title: str, x_label: str) -> None:
-    axes.set(title=title, xlabel=x_label, ylabel="training loss", yscale="log")
-    _label_decades(axes.yaxis)
+def _decorate(
+    axes: Axes, title: str, x_label: str, y_label: str = "training loss", y_scale: str = "log"
+) -> None:
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
+    if y_scale == "log":
+        _label_decades(axes.yaxis)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

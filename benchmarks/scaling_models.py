@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import secondorder as so
+from benchmarks.sequences import block_shapes
 
 Params = dict[str, Any]
 
@@ -71,17 +72,7 @@ def transformer(depth: int = 8, width: int = 64, batch: int = 64, length: int = 
         The model.
     """
     characters, heads = 32, 4
-    blocks = {
-        name: _array(depth, *shape)
-        for name, shape in {
-            "query": (width, width),
-            "key": (width, width),
-            "value": (width, width),
-            "mix": (width, width),
-            "enter": (width, 4 * width),
-            "leave": (4 * width, width),
-        }.items()
-    }
+    blocks = {name: _array(depth, *shape) for name, shape in block_shapes(width).items()}
     params = {
         "embedding": _array(characters, width),
         "blocks": blocks,

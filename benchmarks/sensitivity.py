@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 
 from benchmarks import sweeps
+from benchmarks.arguments import epochs_or_default
 from benchmarks.display import console
 from benchmarks.plotting import Line, save_lines
-from benchmarks.records import Writer, open_writer, versions
+from benchmarks.records import open_writer
+from benchmarks.run_records import written
 from benchmarks.settings import SettingError, Settings, parse_grid
-
-_DEFAULT_EPOCHS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.epochs is None and args.seconds is None and args.gradients is None:
-        args.epochs = _DEFAULT_EPOCHS
+    args.epochs = epochs_or_default(args)
     points = list(parse_grid([args.vary]))
     _check_distinct(points)
     results = []
     with open_writer(args.json) as write:
         for result in sweeps.sweep(args, points):
             results.append(result)
-            _write(result, write)
+            list(written(result.run, result.records, write, vary=result.point))
     title = f"{args.method} on {args.problem}"
     sweeps.print_results(title, results)
     if args.png is not None:
@@ -48,16 +47,6 @@ def _check_distinct(points: list[Settings]) -> None:
     labels = [*map(sweeps.label, points)]
     if len(set(labels)) < len(labels):
         raise SettingError(f"--vary repeats a value: {', '.join(labels)}.")
-
-
-def _write(result: sweeps.Result, write: Writer) -> None:
-    """Writes a record per epoch; the first also describes the run, as those of ``train`` do."""
-    options = result.run.options
-    names = {"problem": options.problem.name, "method": options.method.name, "vary": result.point}
-    extra = {**names, **result.run.header(), "versions": versions()}
-    for record in result.records:
-        write({**record.as_json(), **extra})
-        extra = names
 
 
 def _save(path: Path, title: str, results: list[sweeps.Result]) -> None:

@@ -120,8 +120,16 @@ def apply_transformer(params: list[Module], characters: jax.Array, heads: int) -
     return _normalize(stream, readout["scale"]) @ readout["head"]
 
 
-def _init_block(key: jax.Array, width: int, depth: int) -> Module:
-    shapes = {
+def block_shapes(width: int) -> dict[str, tuple[int, int]]:
+    """Shapes of the kernels of a transformer's block: attention, then two dense layers.
+
+    Args:
+        width: Of the residual stream; the hidden layer is four times as wide.
+
+    Returns:
+        Inputs and outputs of each kernel.
+    """
+    return {
         "query": (width, width),
         "key": (width, width),
         "value": (width, width),
@@ -129,6 +137,10 @@ def _init_block(key: jax.Array, width: int, depth: int) -> Module:
         "enter": (width, 4 * width),
         "leave": (4 * width, width),
     }
+
+
+def _init_block(key: jax.Array, width: int, depth: int) -> Module:
+    shapes = block_shapes(width)
     keys = jax.random.split(key, len(shapes))
     block = {
         name: jax.random.normal(kernel_key, shape) / shape[0] ** 0.5

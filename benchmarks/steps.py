@@ -89,8 +89,11 @@ def training_step(
     all_settings = method.complete(settings)
 
     def step(state: TrainState, data: Batch, indices: jax.Array) -> tuple[TrainState, jax.Array]:
-        objective = problem.objective(data.take(indices[: sizes.gradient]))
+        batch = data.take(indices[: sizes.gradient])
+        objective = problem.objective(batch)
         extra: dict[str, Any] = {"value_fn": objective}
+        if method.takes_batch:
+            extra["batch"] = batch
         if sizes.curvature is not None:
             extra["curvature_fn"] = problem.objective(data.take(indices[: sizes.curvature]))
         value, grads = jax.value_and_grad(objective)(state.params)
@@ -118,8 +121,8 @@ def build_optimizer(
     problem: Problem, method: Method, settings: Settings, params: Params, data: Batch, size: int
 ) -> optax.GradientTransformationExtraArgs:
     """The transform of a method for a problem and a batch size."""
-    objective = problem.objective(data.take(jnp.arange(size)))
-    return method.build(Context(problem, objective, params), settings)
+    batch = data.take(jnp.arange(size))
+    return method.build(Context(problem, problem.objective(batch), params, batch), settings)
 
 
 def initial_state(optimizer: optax.GradientTransformationExtraArgs, params: Params) -> TrainState:

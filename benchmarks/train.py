@@ -8,16 +8,16 @@ from benchmarks.arguments import (
     add_problem,
     add_record_every,
     add_settings,
+    epochs_or_default,
     load_data,
 )
 from benchmarks.display import console, describe, progress_bar, watch
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
-from benchmarks.records import open_writer, versions
+from benchmarks.records import open_writer
+from benchmarks.run_records import written
 from benchmarks.settings import parse_settings
 from benchmarks.training import EpochRecord, Run, RunOptions
-
-_DEFAULT_EPOCHS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 1 if the training diverged."""
     problem, method = PROBLEMS[args.problem], METHODS[args.method]
-    endless = args.epochs is None and args.seconds is None and args.gradients is None
     options = RunOptions(
         problem,
         method,
         overrides=parse_settings(args.settings),
-        epochs=_DEFAULT_EPOCHS if endless else args.epochs,
+        epochs=epochs_or_default(args),
         seconds=args.seconds,
         gradients=args.gradients,
         seed=args.seed,
@@ -56,17 +55,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(training: Run, path: str | None) -> EpochRecord:
     """Trains, prints a line per epoch, and writes the records; returns the last."""
-    names = {"problem": training.options.problem.name, "method": training.options.method.name}
-    extra = {**names, **training.header(), "versions": versions()}
-    title = " ".join(names.values())
+    options = training.options
+    title = f"{options.problem.name} {options.method.name}"
     with open_writer(path) as write, progress_bar() as progress:
-        for record in watch(training, progress, title):
+        for record in written(training, watch(training, progress, title), write):
             progress.console.print(
                 f"epoch {record.epoch}: {describe(record)}, {record.seconds:.1f} s",
                 highlight=False,
             )
-            write({**record.as_json(), **extra})
-            extra = names
     return record
 
 

@@ -181,6 +181,7 @@ class Run:
             "curvature_batch_size": self.options.curvature_batch_size,
             "compile_seconds": self.compile_seconds,
             "initial_train_loss": self.initial.loss,
+            "step_flops": self._step.costs.get("flops"),
         }
 
     def _compile(self) -> tuple[TrainState, CompiledStep]:

@@ -1,14 +1,21 @@
 """The command ``compare``: tuning, what is kept, and what is not done again."""
 
+import csv
+import dataclasses
 import json
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import baselines, compare, peers
 from benchmarks.cli import main
-from benchmarks.comparisons import COMPARISONS, Contender, Trial
-from benchmarks.methods import METHODS
+from benchmarks.comparison_report import Outcome, report, write_region
+from benchmarks.comparisons import COMPARISONS
+from benchmarks.families import BUDGET, FAMILIES
+from benchmarks.methods import METHODS, PEERS
 from benchmarks.problems import PROBLEMS
+from benchmarks.run_records import RecordedRun
+from benchmarks.settings import SettingError
+from benchmarks.trials import Contender, Trial
 
 TRIAL = Trial(
     "small",
@@ -72,4 +79,170 @@ def test_comparisons_name_what_there_is(name):
         for number, contender in enumerate(trial.contenders):
             assert contender.like is None or contender.like in labels[:number]
             for point in contender.points():
-                METHODS[contender.method].settings(PROBLEMS[trial.problem], point)
+                if METHODS[contender.method].is_available():
+                    METHODS[contender.method].settings(PROBLEMS[trial.problem], point)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_methods_have_the_same_budget(name):
+    for trial in FAMILIES[name]:
+        assert all(len(list(c.points())) == BUDGET for c in trial.contenders)
+        assert {c.is_peer for c in trial.contenders} == {False, True}
+
+
+def test_records_on_file_belong_to_one_trial():
+    """The names of the files do not tell how often a run was recorded."""
+    seen = {}
+    for trial in (trial for trials in COMPARISONS.values() for trial in trials):
+        key = (trial.problem, trial.train_size, trial.batch_size, trial.gradients)
+        assert seen.setdefault(key, trial.records) == trial.records
+
+
+def test_names_of_files_stay_what_they_were(tmp_path, monkeypatch):
+    names = []
+
+    def stop(run, path, title):
+        names.append(path.name)
+        raise SettingError("stop")
+
+    monkeypatch.setattr(compare, "Run", lambda options, splits: None)
+    monkeypatch.setattr(compare, "_train", stop)
+    trial = dataclasses.replace(TRIAL, contenders=(Contender("adam", {"learning_rate": (1e-3,)}),))
+    monkeypatch.setitem(COMPARISONS, "saddle-free", (trial,))
+    assert main(["compare", "saddle-free", "--out", str(tmp_path)]) == 0
+    assert names == ["adam_learning_rate=0.001_200_50_None_6_0.jsonl"]
+
+
+def test_best_settings_are_run_with_every_seed(monkeypatch, tmp_path):
+    trial = dataclasses.replace(TRIAL, tuning=0.5, targets=(1e9, 1e-9))
+    monkeypatch.setitem(COMPARISONS, "saddle-free", (trial,))
+    command = ["compare", "saddle-free", "--out", str(tmp_path), "--seeds", "2"]
+    assert main([*command, "--methods", "sgd"]) == 0
+    names = sorted(path.stem for path in (tmp_path / "digits-autoencoder").iterdir())
+    assert names == [
+        "sgd_learning_rate=0.3_200_50_None_3_0",
+        "sgd_learning_rate=0.3_200_50_None_6_0",
+        "sgd_learning_rate=0.3_200_50_None_6_1",
+        "sgd_learning_rate=1e-09_200_50_None_3_0",
+    ]
+    text = (tmp_path / "saddle-free.md").read_text()
+    assert "`python -m benchmarks compare saddle-free --methods sgd --seeds 2`" in text
+    assert "2 settings to try, each with the work of 3 gradients" in text
+    assert "±" in text
+    assert "| 1e+09 | none |  |  |  | sgd |" in text
+    assert "| 1e-09 | none |  |  |  | none |" in text
+    table = list(csv.DictReader((tmp_path / "small.csv").open()))
+    assert {row["seed"] for row in table} == {"0", "1"}
+    assert float(table[-1]["flops"]) == 6 * float(table[0]["flops"]) > 0
+
+
+def test_what_cannot_run_is_a_row_of_the_table(monkeypatch, tmp_path):
+    def missing(name, module=None):
+        raise SettingError(f"{name} 0.0 does not import on JAX 0.0: ImportError: gone")
+
+    monkeypatch.setattr(peers, "import_peer", missing)
+
+    def refuse(learning_rate, eps, weight_decay):
+        raise NotImplementedError("no such layers [yet]\nmore")
+
+    monkeypatch.setattr(baselines, "adam", refuse)
+    contenders = (
+        Contender("sgd"),
+        Contender("kfac-jax"),
+        Contender("nag", like="kfac-jax"),
+        Contender("adam"),
+    )
+    trial = dataclasses.replace(TRIAL, contenders=contenders)
+    monkeypatch.setitem(COMPARISONS, "saddle-free", (trial,))
+    assert main(["compare", "saddle-free", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "small.md").read_text()
+    assert "| kfac-jax | not run: kfac_jax 0.0 does not import on JAX 0.0: ImportError" in text
+    assert "| adam | not run: NotImplementedError: no such layers [yet] |" in text
+    assert "| nag | not run: it takes the settings of kfac-jax, which has not run |" in text
+    assert "| sgd |  | 6 |" in text
+
+
+def recorded(losses, scale=1.0, **header):
+    records = [
+        {
+            "step": number, "gradients": 10 * number, "seconds": scale * number,
+            "cpu_seconds": 2 * scale * number, "train_loss": loss, "test_loss": loss,
+            "test_accuracy": 1 - loss, "diverged": False,
+        }
+        for number, loss in enumerate(losses, start=1)
+    ]  # fmt: skip
+    first = {"settings": {}, "seed": 0, "compile_seconds": 1.0, "problem": "p", "method": "m"}
+    return RecordedRun([{**first, **header, **records[0]}, *records[1:]])
+
+
+def test_work_to_reach_a_target(tmp_path):
+    """Numbers by hand: the first record at or below the target, means over the seeds."""
+    sgd, kbfgs = Contender("sgd"), Contender("kbfgs")
+    outcomes = [
+        Outcome(sgd, {}, (recorded([0.9, 0.5, 0.4]), recorded([0.5, 0.45, 0.3]))),
+        Outcome(kbfgs, {}, (recorded([0.5, 0.1, 0.1], scale=0.1),)),
+    ]
+    trial = Trial("t", "digits-cnn", (sgd, kbfgs), 6, targets=(0.5, 0.2), accuracies=(0.6,))
+    text = report(trial, outcomes, tmp_path, "Budget.")
+    # Seeds of SGD are there after 2 and 1 steps, 1.5 on average: 1.5 s, 3 s, 15 gradients.
+    assert "| 0.5 | kbfgs | 0.1 | 0.2 | 10 | sgd | 1.5 | 3 | 15 | 15 |" in text
+    assert "| 0.2 | kbfgs | 0.2 | 0.4 | 20 | none |  |  |  |  |" in text
+    assert "| 60.0% | kbfgs | 0.2 | 0.4 | 20 | sgd | 3 | 6 | 30 | 15 |" in text
+    assert "| sgd | 1.5 / 3 / 15 |  |" in text
+    around = report(dataclasses.replace(trial, targets=None), outcomes, tmp_path, "Budget.")
+    assert "| 0.42 | kbfgs" in around  # 1.2 times where SGD ends, (0.4 + 0.3) / 2
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_replaced_between_their_comments(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n")
+    write_region(path, "a", "one")
+    write_region(path, "b", "two")
+    write_region(path, "a", "three\n")
+    text = path.read_text()
+    assert text.startswith(
+        "# Results\n\n<!-- compare a: begin -->\n\nthree\n\n<!-- compare a: end -->"
+    )
+    assert "one" not in text
+    assert text.count("two") == 1
+    path.write_text("<!-- compare a: begin -->\n")
+    with pytest.raises(SettingError, match="without"):
+        write_region(path, "a", "four")
+
+
+def test_quick_keeps_all_methods_of_the_first_trial():
+    trials = FAMILIES["autoencoders"]
+    first, second = trials[0].shortened(is_first=True), trials[1].shortened(is_first=False)
+    assert len(first.contenders) == len(trials[0].contenders) > 15
+    assert [c.is_peer for c in second.contenders] == [True, False]
+    assert first.runs(seeds=1) == len(first.contenders)
+    assert all((c.curvature_batch_size or 0) <= 100 for c in first.contenders)
+
+
+def test_length_of_a_trial():
+    """Two settings with half of the work, then three seeds, and three of the one without a grid."""
+    trial = dataclasses.replace(TRIAL, tuning=0.5, gradient_seconds=1.0)
+    assert trial.runs(3) == 2 + 3 + 3
+    evaluations = 2 * 250 / 50 / 3
+    seconds = (1 + 3 + 3) * (6 * 1.3 + evaluations) + 20 * 8
+    assert trial.hours(3) == pytest.approx(seconds / 3600)
+    assert dataclasses.replace(trial, tuning=1.0).runs(1) == 2 + 1
+
+
+def test_peers_are_methods():
+    assert set(METHODS) > PEERS
+
+
+@pytest.mark.parametrize("options", [["--only", "x"], ["--seeds", "2"], ["--methods", "lm"]])
+def test_suites_have_no_trials(options, capsys):
+    assert main(["compare", "classical", *options]) == 2
+    assert "has no --only, --methods and --seeds" in capsys.readouterr().err
+
+
+def test_unknown_methods_and_seeds(command, capsys):
+    assert main([*command, "--methods", "adam"]) == 2
+    assert "small has no adam; it has: sgd" in capsys.readouterr().err
+    assert main([*command, "--methods", "the same rate"]) == 2
+    assert "sgd must be among" in capsys.readouterr().err
+    assert main([*command, "--seeds", "0"]) == 2

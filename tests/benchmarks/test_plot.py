@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.plot import axes, label_runs, read_runs
+from benchmarks.plot import label_runs
+from benchmarks.run_records import axes, read_runs
 
 
 def write(path, method, settings, count=2, **header):

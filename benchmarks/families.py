@@ -1,0 +1,188 @@
+"""The comparisons of all methods and peers on families of problems, each tuned over four points."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.trials import Contender, Grid, Trial
+
+# Points of every grid: all methods have the same budget.
+BUDGET = 4
+
+
+def _rates(*rates: float) -> Grid:
+    return {"learning_rate": rates}
+
+
+def _dampings(*dampings: float) -> Grid:
+    return {"damping": dampings}
+
+
+# For means of a cross entropy over samples, or over all positions of sequences.
+_CLASSIFIERS: Mapping[str, Grid] = {
+    "sgd": _rates(0.03, 0.1, 0.3, 1.0),
+    "nag": _rates(0.003, 0.01, 0.03, 0.1),
+    "adam": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "adamw": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "adadelta": _rates(0.3, 1.0, 3.0, 10.0),
+    "muon": _rates(0.003, 0.01, 0.03, 0.1),
+    "sophia": _rates(1e-4, 3e-4, 1e-3, 3e-3),
+    "lbfgs": {"memory_size": (5, 10, 20, 40)},
+    "kfac-jax": _dampings(0.1, 1.0, 10.0, 100.0),
+    "optax-shampoo": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "shampoo": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "soap": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "kfac": {**_rates(0.01, 0.1), **_dampings(0.01, 0.1)},
+    "kfac-adaptive": _dampings(0.1, 1.0, 10.0, 100.0),
+    "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
+    "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
+    "kbfgs-model": _dampings(0.1, 1.0, 10.0, 100.0),
+    "lsr1": {"memory_size": (5, 10, 20, 40)},
+    "lrsfn": _rates(0.03, 0.1, 0.3, 1.0),
+    "hf": _dampings(0.01, 0.1, 1.0, 10.0),
+    "bhf": _dampings(0.01, 0.1, 1.0, 10.0),
+}
+# For sums over pixels, whose gradients and curvatures are hundreds of times larger.
+_SUMS: Mapping[str, Grid] = {
+    **_CLASSIFIERS,
+    "sgd": _rates(0.01, 0.03, 0.1, 0.3),
+    "nag": _rates(1e-3, 3e-3, 1e-2, 3e-2),
+    "adam": _rates(1e-4, 3e-4, 1e-3, 3e-3),
+    "adamw": _rates(1e-4, 3e-4, 1e-3, 3e-3),
+    "kfac-jax": _dampings(1.0, 10.0, 100.0, 1000.0),
+    "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
+    "kfac-adaptive": _dampings(1.0, 10.0, 100.0, 1000.0),
+    "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
+    "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
+    "kbfgs-model": _dampings(1.0, 10.0, 100.0, 1000.0),
+    "hf": _dampings(0.1, 1.0, 10.0, 100.0),
+    "bhf": _dampings(0.1, 1.0, 10.0, 100.0),
+}
+# K-FAC and K-BFGS treat layers, of which an LSTM has none that they know.
+_LAYERED = ("kfac-jax", "kfac", "kfac-adaptive", "kbfgs", "kbfgs-l", "kbfgs-model")
+# All that depends on the problem is in the grids, but for the blocks.
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "hf": {"max_iterations": 20},
+    "bhf": {"max_iterations": 20},
+    # Two equal chunks compile once.
+    "lrsfn": {"rank": 10, "chunk_size": 5, "damping": 0.1},
+}
+_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn")
+
+
+def _contenders(
+    grids: Mapping[str, Grid], curvature: int, blocks: str, without: Iterable[str] = ()
+) -> tuple[Contender, ...]:
+    """Every method of the grids, with products on the first ``curvature`` samples of the batch."""
+    return tuple(
+        Contender(
+            method,
+            grid,
+            {**_FIXED.get(method, {}), **({"blocks": blocks} if method == "bhf" else {})},
+            curvature_batch_size=curvature if method in _ON_PART_OF_THE_BATCH else None,
+        )
+        for method, grid in grids.items()
+        if method not in without
+    )
+
+
+def _autoencoder(problem: str, **fields: Any) -> Trial:
+    """An autoencoder of the K-BFGS papers at their batch size, tuned with a fifth of the work."""
+    return Trial(
+        f"all-{problem}",
+        problem,
+        _contenders(_SUMS, curvature=250, blocks="layers"),
+        records=40,
+        tuning=0.2,
+        **fields,
+    )
+
+
+def _classifier(problem: str, accuracies: tuple[float, ...], **fields: Any) -> Trial:
+    return Trial(
+        f"all-{problem}",
+        problem,
+        _contenders(_CLASSIFIERS, curvature=64, blocks="modules"),
+        records=40,
+        tuning=0.25,
+        targets=None,
+        accuracies=accuracies,
+        **fields,
+    )
+
+
+FAMILIES: dict[str, tuple[Trial, ...]] = {
+    "autoencoders": (
+        _autoencoder(
+            "mnist-autoencoder", gradients=1500, targets=(60, 56, 54), gradient_seconds=0.16
+        ),
+        _autoencoder(
+            "faces-autoencoder",
+            gradients=800,
+            train_size=20000,
+            test_size=5000,
+            targets=None,
+            gradient_seconds=0.42,
+        ),
+        _autoencoder("curves-autoencoder", gradients=1500, targets=None, gradient_seconds=0.05),
+        _autoencoder(
+            "mnist-autoencoder-tanh-bce",
+            gradients=1500,
+            targets=(100, 73.6, 66.9, 61.6, 57.5),
+            gradient_seconds=0.16,
+        ),
+    ),
+    "classifiers": (
+        _classifier(
+            "fashion-lenet5",
+            (0.85, 0.87, 0.88),
+            gradients=3000,
+            train_size=20000,
+            test_size=5000,
+            gradient_seconds=0.028,
+        ),
+        _classifier(
+            "fashion-resnet",
+            (0.8, 0.84, 0.86),
+            gradients=800,
+            train_size=10000,
+            test_size=2000,
+            gradient_seconds=0.1,
+        ),
+        _classifier(
+            "cifar-resnet",
+            (0.35, 0.4, 0.45),
+            gradients=800,
+            train_size=5000,
+            test_size=2000,
+            gradient_seconds=0.1,
+        ),
+    ),
+    "recurrent": (
+        Trial(
+            "all-mnist-lstm",
+            "mnist-lstm",
+            _contenders(_CLASSIFIERS, curvature=250, blocks="modules", without=_LAYERED),
+            gradients=4000,
+            records=40,
+            tuning=0.25,
+            targets=None,
+            accuracies=(0.8, 0.9, 0.93),
+            gradient_seconds=0.011,
+        ),
+    ),
+    "transformer": (
+        Trial(
+            "all-shakespeare-transformer",
+            "shakespeare-transformer",
+            _contenders(_CLASSIFIERS, curvature=8, blocks="layers"),
+            gradients=2500,
+            train_size=4000,
+            test_size=500,
+            records=40,
+            tuning=0.25,
+            targets=None,
+            accuracies=(0.42, 0.45, 0.48),
+            gradient_seconds=0.05,
+        ),
+    ),
+}
