@@ -16,6 +16,7 @@ VENV_LOWEST := .venv-lowest
 VENV_NEWEST := .venv-newest
 DEV := $(VENV)/.installed-dev
 NOTEBOOKS := $(VENV)/.installed-notebooks
+DOCS := $(VENV)/.installed-docs
 LOWEST := $(VENV_LOWEST)/.installed
 NEWEST := $(VENV_NEWEST)/.installed
 
@@ -64,7 +65,7 @@ else $(1)/bin/python -m pip install $(2); fi
 endef
 
 .PHONY: help demo test test-slow test-lowest test-py312 lint format typecheck doctest notebooks \
-	test-notebooks build clean
+	test-notebooks docs build clean
 
 help:  ## lists the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,6 +109,10 @@ notebooks: $(NOTEBOOKS)  ## executes the notebooks, and keeps their outputs in t
 test-notebooks: $(NOTEBOOKS)  ## executes the notebooks, and leaves them as they are
 	$(NBCONVERT) --output-dir build/notebooks notebooks/*.ipynb
 
+docs: $(DOCS)  ## the site of the documentation, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 build: $(DEV)  ## the wheel and the source distribution, in dist/
 	$(VENV)/bin/python -m pip install --quiet build
 	$(VENV)/bin/python -m build
@@ -124,6 +129,10 @@ $(DEV): pyproject.toml
 
 $(NOTEBOOKS): $(DEV)
 	@$(call install,$(VENV),-e '.[notebooks]')
+	@touch $@
+
+$(DOCS): $(DEV)
+	@$(call install,$(VENV),-e '.[docs]')
 	@touch $@
 
 # Only uv can resolve to the lowest versions; pip has no such option.

@@ -1,8 +1,6 @@
 """The recipes of `docs/checkpoints.md`, and states that do not fit; see also `tests/protocol`."""
 
 import gc
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +12,12 @@ from chex import assert_trees_all_equal_shapes_and_dtypes as assert_equal_forms
 from flax import serialization
 
 import secondorder as so
-
-RECIPES = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from tests.pages import run_blocks
 
 
 def test_recipes_run(tmp_path):
     namespace = {"folder": tmp_path}
-    for code in BLOCK.findall(RECIPES):
-        exec(compile(code, "docs/checkpoints.md", "exec"), namespace)
+    assert list(run_blocks("docs/checkpoints.md", namespace)) == [0, 1]
     run = namespace["init"]()
     for _ in range(4):
         run = namespace["step"](run)
