@@ -32,10 +32,10 @@ _CLASSIFIERS: Mapping[str, Grid] = {
     "shampoo": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "soap": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "kfac": {**_rates(0.01, 0.1), **_dampings(0.01, 0.1)},
-    "kfac-adaptive": _dampings(0.1, 1.0, 10.0, 100.0),
+    "kfac-adaptive": _dampings(1e-3, 1e-2, 0.1, 1.0),
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
-    "kbfgs-model": _dampings(0.1, 1.0, 10.0, 100.0),
+    "kbfgs-model": _dampings(1e-3, 1e-2, 0.1, 1.0),
     "lsr1": {"memory_size": (5, 10, 20, 40)},
     "lrsfn": _rates(0.03, 0.1, 0.3, 1.0),
     "hf": _dampings(0.01, 0.1, 1.0, 10.0),
@@ -50,10 +50,10 @@ _SUMS: Mapping[str, Grid] = {
     "adamw": _rates(1e-4, 3e-4, 1e-3, 3e-3),
     "kfac-jax": _dampings(1.0, 10.0, 100.0, 1000.0),
     "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
-    "kfac-adaptive": _dampings(1.0, 10.0, 100.0, 1000.0),
+    "kfac-adaptive": _dampings(0.03, 0.1, 0.3, 1.0),
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
-    "kbfgs-model": _dampings(1.0, 10.0, 100.0, 1000.0),
+    "kbfgs-model": _dampings(0.03, 0.1, 0.3, 1.0),
     "hf": _dampings(0.1, 1.0, 10.0, 100.0),
     "bhf": _dampings(0.1, 1.0, 10.0, 100.0),
 }
@@ -63,10 +63,15 @@ _LAYERED = ("kfac-jax", "kfac", "kfac-adaptive", "kbfgs", "kbfgs-l", "kbfgs-mode
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "hf": {"max_iterations": 20},
     "bhf": {"max_iterations": 20},
+    # A bias of a thousand units would have a factor as large as its weight's.
+    "shampoo": {"precondition_vectors": False},
+    "kbfgs": {"update_every": 5},
+    "kbfgs-l": {"update_every": 5},
+    "kbfgs-model": {"update_every": 5},
     # Two equal chunks compile once.
     "lrsfn": {"rank": 10, "chunk_size": 5, "damping": 0.1},
 }
-_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn")
+_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kfac-adaptive", "kbfgs-model")
 
 
 def _contenders(

@@ -195,7 +195,9 @@ def attentive(p, tokens):
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(
-    ("model", "width"), [(embedded, 5), (recurrent, 5), (attentive, 4)], ids=lambda a: str(a)
+    ("model", "width"),
+    [(embedded, 5), (recurrent, 5), (attentive, 4)],
+    ids=["embedded", "recurrent", "attentive"],
 )
 def test_models_that_share_their_weights(model, width, sharing):
     params = {"table": normal(7, 5), "w": normal(5, width), "v": normal(5, 2)}
