@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import secondorder as so
-from benchmarks import baselines, peers
+from benchmarks import baselines, peers, variants
 from benchmarks.blocks import block_labels
 from benchmarks.evaluations import (
     HESSIAN_PRODUCT,
@@ -245,20 +245,6 @@ def of_package(attribute: str) -> Any:
         raise SettingError(f"This version of secondorder has no `{attribute}`.") from None
 
 
-def modelled_kbfgs(
-    layers: so.Layers,
-    memory_size: int | None = None,
-    update_every: int = 1,
-    momentum: float = 0.0,
-    **settings: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """K-BFGS with steps and damping from the quadratic model."""
-    direction = of_package("scale_by_kbfgs")(
-        layers, memory_size=memory_size, update_every=update_every, momentum=momentum
-    )
-    return of_package("scale_by_quadratic_model")(direction, **settings)
-
-
 # A mean cross entropy is hundreds of times smaller than the autoencoders' sums over pixels.
 _KBFGS_CLASSIFIERS: Mapping[str, Mapping[str, Any]] = {
     name: {"damping": 0.03}
@@ -382,9 +368,19 @@ _ALL = (
         extra_gradients=1,
     ),
     Method(
+        name="kbfgs-warm",
+        description="K-BFGS whose output factors start as K-FAC's inverses",
+        factory=lambda: variants.warm_kbfgs,
+        forwards_to=lambda: of_package("scale_by_kbfgs"),
+        defaults={"learning_rate": 0.3, "damping": 0.3},
+        by_problem=_KBFGS_CLASSIFIERS,
+        is_second_order=True,
+        extra_gradients=1,
+    ),
+    Method(
         name="kbfgs-model",
         description="K-BFGS with steps and damping from a quadratic model",
-        factory=lambda: modelled_kbfgs,
+        factory=lambda: variants.modelled_kbfgs,
         forwards_to=lambda: of_package("scale_by_quadratic_model"),
         defaults={"plane_every": 5},
         extra_gradients=1,
