@@ -155,7 +155,7 @@ class Method:
         if "blocks" in arguments:
             arguments["blocks"] = block_labels(arguments["blocks"], context.params)
         if "layers" in self._arguments():
-            find_layers = of_package("find_layers")
+            find_layers = so.find_layers
             arguments["layers"] = find_layers(context.objective, context.params)
         if "context" in self._arguments():
             arguments["context"] = context
@@ -188,7 +188,7 @@ def _package_method(attribute: str, name: str, description: str, **fields: Any) 
     return Method(
         name=name,
         description=description,
-        factory=lambda: of_package(attribute),
+        factory=lambda: getattr(so, attribute),
         **{"work": hessian_free_work, **fields},
     )
 
@@ -198,7 +198,7 @@ def _low_rank(name: str, description: str, **fixed: Any) -> Method:
     return Method(
         name=name,
         description=description,
-        factory=lambda: functools.partial(of_package("low_rank_saddle_free_newton"), **fixed),
+        factory=lambda: functools.partial(so.low_rank_saddle_free_newton, **fixed),
         defaults={"learning_rate": 0.3},
         work=low_rank_work,
     )
@@ -206,7 +206,7 @@ def _low_rank(name: str, description: str, **fixed: Any) -> Method:
 
 def _shampoo_like(name: str, description: str) -> Method:
     """A method of the package that needs nothing but a learning rate."""
-    return Method(name, description, lambda: of_package(name), defaults={"learning_rate": 1e-3})
+    return Method(name, description, lambda: getattr(so, name), defaults={"learning_rate": 1e-3})
 
 
 def lsr1(
@@ -227,22 +227,8 @@ def lsr1(
     }
     given = {name: factor for name, factor in factors.items() if factor is not None}
     if given:
-        settings["radius_rule"] = of_package("RadiusRule")(**given)
-    return of_package("lsr1")(**settings)
-
-
-def lsr1_factory() -> Factory:
-    """`lsr1`, if this version of the package has the method."""
-    of_package("lsr1")
-    return lsr1
-
-
-def of_package(attribute: str) -> Any:
-    """An attribute of the package, which may not have it yet."""
-    try:
-        return getattr(so, attribute)
-    except AttributeError:
-        raise SettingError(f"This version of secondorder has no `{attribute}`.") from None
+        settings["radius_rule"] = so.RadiusRule(**given)
+    return so.lsr1(**settings)
 
 
 # A mean cross entropy is hundreds of times smaller than the autoencoders' sums over pixels.
@@ -350,8 +336,8 @@ _ALL = (
     Method(
         name="kbfgs",
         description="K-BFGS (Goldfarb, Ren, Bahamou 2020)",
-        factory=lambda: of_package("kbfgs"),
-        forwards_to=lambda: of_package("scale_by_kbfgs"),
+        factory=lambda: so.kbfgs,
+        forwards_to=lambda: so.scale_by_kbfgs,
         defaults={"learning_rate": 0.3, "damping": 0.3},
         by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
@@ -360,8 +346,8 @@ _ALL = (
     Method(
         name="kbfgs-l",
         description="K-BFGS(L): limited-memory output factor",
-        factory=lambda: of_package("kbfgs"),
-        forwards_to=lambda: of_package("scale_by_kbfgs"),
+        factory=lambda: so.kbfgs,
+        forwards_to=lambda: so.scale_by_kbfgs,
         defaults={"learning_rate": 0.3, "damping": 0.3, "memory_size": 100},
         by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
@@ -371,7 +357,7 @@ _ALL = (
         name="kbfgs-warm",
         description="K-BFGS whose output factors start as K-FAC's inverses",
         factory=lambda: variants.warm_kbfgs,
-        forwards_to=lambda: of_package("scale_by_kbfgs"),
+        forwards_to=lambda: so.scale_by_kbfgs,
         defaults={"learning_rate": 0.3, "damping": 0.3},
         by_problem=_KBFGS_CLASSIFIERS,
         is_second_order=True,
@@ -381,7 +367,7 @@ _ALL = (
         name="kbfgs-model",
         description="K-BFGS with steps and damping from a quadratic model",
         factory=lambda: variants.modelled_kbfgs,
-        forwards_to=lambda: of_package("scale_by_quadratic_model"),
+        forwards_to=lambda: so.scale_by_quadratic_model,
         defaults={"plane_every": 5},
         extra_gradients=1,
         work=quadratic_model_work,
@@ -389,16 +375,16 @@ _ALL = (
     Method(
         name="kfac",
         description="K-FAC at a learning rate (Martens, Grosse 2015)",
-        factory=lambda: of_package("kfac"),
-        forwards_to=lambda: of_package("scale_by_kfac"),
+        factory=lambda: so.kfac,
+        forwards_to=lambda: so.scale_by_kfac,
         defaults={"learning_rate": 0.03, "damping": 1.0},
         work=kfac_work,
     ),
     Method(
         name="kfac-adaptive",
         description="K-FAC with steps and damping from a quadratic model (Martens, Grosse 2015)",
-        factory=lambda: functools.partial(of_package("kfac"), None),
-        forwards_to=lambda: of_package("scale_by_kfac"),
+        factory=lambda: functools.partial(so.kfac, None),
+        forwards_to=lambda: so.scale_by_kfac,
         defaults={
             "damping": 0.1,
             "update_every": 2,
@@ -413,22 +399,22 @@ _ALL = (
     Method(
         name="shampoo",
         description="Shampoo, grafted with Adam (Gupta, Koren, Singer 2018; Anil et al. 2020)",
-        factory=lambda: of_package("shampoo"),
-        forwards_to=lambda: of_package("scale_by_shampoo"),
+        factory=lambda: so.shampoo,
+        forwards_to=lambda: so.scale_by_shampoo,
         defaults={"learning_rate": 3e-3},
     ),
     Method(
         name="soap",
         description="SOAP: Adam in Shampoo's eigenbasis (Vyas et al. 2024)",
-        factory=lambda: of_package("soap"),
-        forwards_to=lambda: of_package("scale_by_soap"),
+        factory=lambda: so.soap,
+        forwards_to=lambda: so.scale_by_soap,
         defaults={"learning_rate": 3e-3, "weight_decay_form": "l2"},
     ),
     Method(
         name="lsr1",
         description="trust-region L-SR1",
-        factory=lsr1_factory,
-        forwards_to=lambda: of_package("lsr1"),
+        factory=lambda: lsr1,
+        forwards_to=lambda: so.lsr1,
         is_second_order=True,
         work=lsr1_work,
     ),

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import secondorder as so
 from benchmarks.arguments import add_json
 from benchmarks.display import print_table, progress_bar
 from benchmarks.least_squares import REGRESSIONS, Params, Regression, Residuals
-from benchmarks.methods import of_package
 from benchmarks.minimization import value_and_grad_at
 from benchmarks.precision import double_precision
 from benchmarks.records import Record, open_writer, versions
@@ -120,9 +120,7 @@ def _check(name: str, settings: Settings) -> None:
     """Reports methods that there are not, before anything is run."""
     if name not in _SOLVERS:
         raise SettingError(f"There is no method {name!r}; there are: {', '.join(_SOLVERS)}.")
-    if name == "lm":
-        of_package("levenberg_marquardt")
-    else:
+    if name != "lm":
         check_keys(settings, (), name)
         _optimistix()
 
@@ -154,7 +152,7 @@ def fit_package(residuals: Residuals, start: Params, stop: Stop, settings: Setti
     to linearize them, and at the trial point, with the gradient that the next step is given.
     """
     try:
-        optimizer = of_package("levenberg_marquardt")(**{"full_batch": True, **settings})
+        optimizer = so.levenberg_marquardt(**{"full_batch": True, **settings})
     except (TypeError, ValueError) as error:
         raise SettingError(f"lm: {error}") from error
     objective: Objective[Params] = Objective(residuals, lambda r: 0.5 * jnp.sum(r**2))

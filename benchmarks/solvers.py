@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import secondorder as so
 from benchmarks.baselines import optax_lbfgs
 from benchmarks.evaluations import HESSIAN_PRODUCT, linesearch_gradients, reported_count
-from benchmarks.methods import lsr1_factory, of_package
+from benchmarks.methods import lsr1
 from benchmarks.settings import SettingError, Settings, check_keys, parse_variant
 
 Factory = Callable[..., optax.GradientTransformation]
@@ -85,12 +86,6 @@ def sgd(learning_rate: float, momentum: float = 0.0) -> optax.GradientTransforma
     return optax.sgd(learning_rate, momentum=momentum)
 
 
-def low_rank_factory() -> Factory:
-    """`low_rank`, if this version of the package has the method."""
-    of_package("low_rank_saddle_free_newton")
-    return low_rank
-
-
 def low_rank(
     learning_rate: float, rank: int = 8, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,7 +93,7 @@ def low_rank(
 
     def of_size(params: Any) -> optax.GradientTransformationExtraArgs:
         most = sum(leaf.size for leaf in jax.tree.leaves(params))
-        make = of_package("low_rank_saddle_free_newton")
+        make = so.low_rank_saddle_free_newton
         return make(learning_rate, min(rank, most), **settings)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -122,7 +117,7 @@ _ALL = (
     Solver(
         name="lsr1",
         description="trust-region L-SR1",
-        factory=lsr1_factory,
+        factory=lambda: lsr1,
         defaults={"full_batch": True},
         # At the trial point.
         extra_gradients=lambda state: 1,
@@ -130,7 +125,7 @@ _ALL = (
     Solver(
         name="lrsfn",
         description="low-rank saddle-free Newton, products counted as gradients",
-        factory=low_rank_factory,
+        factory=lambda: low_rank,
         defaults={
             "learning_rate": 1.0,
             "damping": 1e-3,
@@ -146,7 +141,7 @@ _ALL = (
     Solver(
         name="sfn",
         description="saddle-free Newton in a Krylov space, products counted as gradients",
-        factory=lambda: of_package("saddle_free_newton"),
+        factory=lambda: so.saddle_free_newton,
         candidates=tuple({"subspace_size": size} for size in (1, 2, 4, 8)),
         extra_gradients=product_gradients,
     ),

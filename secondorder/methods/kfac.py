@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import factors as kf
-from secondorder import tree as vectors
 from secondorder.checks import check_choice, check_range, check_static_count, is_zero
 from secondorder.control import DampingRule
 from secondorder.layers.groups import Layout, arrange_layers
@@ -50,8 +49,9 @@ from secondorder.methods.layerwise import (
     on_unassigned,
     with_settings_of,
 )
+from secondorder.methods.limits import limit_divergence
 from secondorder.methods.quadratic_model import scale_by_quadratic_model
-from secondorder.methods.terminal import at, keep_unless
+from secondorder.methods.terminal import keep_unless
 from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
 from secondorder.sharding import replicate
@@ -383,38 +383,6 @@ def _check_hyperparameters(settings: Settings, fallback: Any, seed: Any) -> None
         raise ValueError(f"`seed` must be an integer, got {seed}.")
 
 
-class _LimitState(NamedTuple):
-    """State of a limit on steps: the steps taken, and the state of the direction."""
-
-    count: jax.Array  # type: ignore[assignment]
-    direction: optax.OptState
-
-
-def _limit_divergence(
-    direction: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.ScalarOrSchedule,
-    limit: chex.Numeric,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Shortens directions so that :math:`\tfrac12 \eta^2 g^\top d` is at most a limit."""
-
-    def init(params: chex.ArrayTree) -> _LimitState:
-        return _LimitState(jnp.zeros((), jnp.int32), direction.init(params))
-
-    def update(
-        updates: chex.ArrayTree,
-        state: _LimitState,
-        params: chex.ArrayTree | None = None,
-        **extra_args: Any,
-    ) -> tuple[chex.ArrayTree, _LimitState]:
-        vector, inner = direction.update(updates, state.direction, params, **extra_args)
-        size = at(learning_rate, state.count) ** 2 * vectors.inner(updates, vector) / 2
-        factor = jnp.sqrt(limit / jnp.maximum(size, limit))
-        limited = jax.tree.map(lambda d: (factor * d).astype(d.dtype), vector)
-        return limited, _LimitState(optax.safe_increment(state.count), inner)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 @with_settings_of(scale_by_kfac)
 def kfac(
     learning_rate: optax.ScalarOrSchedule | None,
@@ -504,7 +472,7 @@ def kfac(
             max_divergence=max_divergence,
         )
     if max_divergence is not None:
-        direction = _limit_divergence(direction, learning_rate, max_divergence)
+        direction = limit_divergence(direction, learning_rate, max_divergence)
     steps = (optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
     if is_zero(weight_decay):
         return optax.chain(direction, *steps)
