@@ -245,10 +245,3 @@ def test_factors_of_the_radius_are_settings_of_lsr1(monkeypatch):
     assert seen == {"memory": 9, "rule": {"grow": 3.0}, "weight_decay": PROBLEM.l2}
     METHODS["lsr1"].build(Context(PROBLEM, None, None), {"weight_decay": 0.5})
     assert seen == {"memory": 5, "rule": None, "weight_decay": 0.5}
-
-
-def test_without_lsr1(monkeypatch):
-    monkeypatch.delattr(so, "lsr1", raising=False)
-    assert not METHODS["lsr1"].is_available()
-    with pytest.raises(SettingError, match="no `lsr1`"):
-        METHODS["lsr1"].settings(PROBLEM, {})

@@ -173,12 +173,6 @@ class TestSolvers:
         with pytest.raises(SettingError, match=r"adam: .*learning_rate"):
             SOLVERS["adam"].build({})
 
-    def test_a_missing_method_is_reported_when_it_is_used(self, monkeypatch):
-        monkeypatch.delattr(so, "lsr1", raising=False)
-        assert not SOLVERS["lsr1"].is_available()
-        with pytest.raises(SettingError, match="no `lsr1`"):
-            SOLVERS["lsr1"].build({})
-
     def test_lsr1_keeps_value_and_gradient(self, monkeypatch):
         seen = {}
 
