@@ -206,5 +206,21 @@ COMPARISONS: dict[str, tuple[Trial, ...]] = {
             train_size=4000,
             test_size=500,
         ),
+        # A large batch, of which layerwise curvature takes a quarter and more iterations.
+        _hessian_free(
+            "shakespeare-transformer-256",
+            "shakespeare-transformer",
+            64,
+            blocks=("layers",),
+            solver={"max_iterations": 20},
+            peers=[
+                Contender("adamw", {"learning_rate": (3e-3, 1e-2)}),
+                Contender("muon", {"learning_rate": (0.01, 0.02)}),
+            ],
+            gradients=240,
+            batch_size=256,
+            train_size=4000,
+            test_size=500,
+        ),
     ),
 }

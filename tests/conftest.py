@@ -9,6 +9,9 @@ _FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimizati
 _given = os.environ.get("XLA_FLAGS", "")
 _missing = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_missing]).strip()
+# Virtual devices that wait for each other hold a thread each, of which there is one per core.
+for _name in ("PJRT_NPROC", "NPROC"):
+    os.environ.setdefault(_name, "16")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
