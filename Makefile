@@ -31,6 +31,8 @@ find_python = python=; for candidate in $(1); do \
 	    >/dev/null 2>&1; then python="$$candidate"; break; fi; \
 	done
 
+# Of pyenv (https://github.com/pyenv/pyenv) only the versions that are switched on run by name: its
+# others are taken from where it installs them.
 PYENV_VERSIONS = $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 pyenv_python = $(wildcard $(PYENV_VERSIONS)/$(1)*/bin/python)
 
