@@ -55,7 +55,7 @@ class Result:
         return Curve(
             label=self.method.name,
             is_dashed=not self.method.is_second_order,
-            steps=[0, *(record.step for record in self.records)],
+            work=[0, *(record.step for record in self.records)],
             seconds=[0.0, *(record.seconds for record in self.records)],
             losses=[self.initial_loss, *(record.train_loss for record in self.records)],
         )

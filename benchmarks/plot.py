@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.display import LOSS_COLUMNS, console, print_table
-from benchmarks.plotting import save_panels
+from benchmarks.methods import PEERS
+from benchmarks.plotting import Panel, save_headline, save_panels
 from benchmarks.run_records import RecordedRun, panels, read_runs
 
 _COLUMNS = ("run", "updates", "gradients", "seconds", *LOSS_COLUMNS)
@@ -23,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="the plot")
     parser.add_argument("--title", help="default: the problem")
+    parser.add_argument(
+        "--columns",
+        action="store_true",
+        help="a column per problem, seconds above gradients; peers are dashed",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,10 +39,29 @@ def run(args: argparse.Namespace) -> int:
     print_table(
         title, _COLUMNS, [(label, *run.cells()) for run, label in zip(runs, labels, strict=True)]
     )
-    if args.png is not None:
+    if args.png is not None and args.columns:
+        save_headline(args.png, title, _columns(runs, labels))
+    elif args.png is not None:
         save_panels(args.png, title, panels(runs, labels))
         console.print(f"Plot: {args.png}", highlight=False)
     return 0
+
+
+def _columns(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[Panel]:
+    """One per problem, in the order of the records."""
+    names = dict.fromkeys(run.header["problem"] for run in runs)
+    labelled = list(zip(runs, labels, strict=True))
+    return [
+        Panel(
+            name,
+            [
+                run.curve(label, is_dashed=run.header["method"] in PEERS)
+                for run, label in labelled
+                if run.header["problem"] == name
+            ],
+        )
+        for name in names
+    ]
 
 
 def label_runs(runs: Sequence[RecordedRun]) -> list[str]:

@@ -22,14 +22,14 @@ class Curve:
     Attributes:
         label: Its name in the legend.
         is_dashed: Sets the peers apart from the methods of this package.
-        steps: Steps at each point.
+        work: Steps, or what else the work is counted in, at each point.
         seconds: Training seconds at each point.
         losses: Training loss at each point.
     """
 
     label: str
     is_dashed: bool
-    steps: Sequence[int]
+    work: Sequence[float]
     seconds: Sequence[float]
     losses: Sequence[float]
 
@@ -58,7 +58,7 @@ class Panels:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """The runs of one problem: one row of the figure."""
+    """The runs of one problem: one row of the figure, or one column."""
 
     title: str
     curves: Sequence[Curve]
@@ -75,16 +75,37 @@ def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
     figure = _figure(title, width=11, height=4 * len(panels))
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for (over_steps, over_seconds), panel in zip(axes, panels, strict=True):
-        for number, curve in enumerate(panel.curves):
-            style = _style(number, curve.label, curve.is_dashed)
-            over_steps.plot(curve.steps, curve.losses, **style)
-            over_seconds.plot(curve.seconds, curve.losses, **style)
-        _decorate(over_steps, panel.title, "steps")
-        _decorate(over_seconds, panel.title, "training seconds, without compilation")
-        over_steps.set_xlim(left=0)
-        over_seconds.set_xlim(left=0)
-        over_steps.legend(frameon=False)
+        over_steps.set_title(panel.title)
+        _draw(panel, over_steps, over_seconds, "steps")
     _save(figure, path)
+
+
+def save_headline(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Saves a figure with a column per problem: loss over seconds, and over gradients.
+
+    Args:
+        path: The PNG file.
+        title: Title of the figure.
+        panels: One per problem.
+    """
+    figure = _figure(title, width=4.5 * len(panels), height=7)
+    axes = figure.subplots(2, len(panels), squeeze=False).T
+    for (over_seconds, over_gradients), panel in zip(axes, panels, strict=True):
+        over_seconds.set_title(panel.title)
+        _draw(panel, over_gradients, over_seconds, "gradients of a batch, and equal work")
+    _save(figure, path)
+
+
+def _draw(panel: Panel, over_work: Axes, over_seconds: Axes, work: str) -> None:
+    for number, curve in enumerate(panel.curves):
+        style = _style(number, curve.label, curve.is_dashed)
+        over_work.plot(curve.work, curve.losses, **style)
+        over_seconds.plot(curve.seconds, curve.losses, **style)
+    _decorate(over_work, work)
+    _decorate(over_seconds, "training seconds, without compilation")
+    over_work.set_xlim(left=0)
+    over_seconds.set_xlim(left=0)
+    over_work.legend(frameon=False)
 
 
 def save_lines(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> None:
@@ -100,7 +121,7 @@ def save_lines(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> N
     axes = figure.subplots()
     for number, line in enumerate(lines):
         axes.plot(line.positions, line.losses, **_style(number, line.label, is_dashed=False))
-    _decorate(axes, "", x_label)
+    _decorate(axes, x_label)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     _save(figure, path)
@@ -122,7 +143,7 @@ def save_panels(path: Path, title: str, rows: Sequence[Panels]) -> None:
         for axes, (x_label, lines) in zip(grid[number], row.lines.items(), strict=True):
             for place, line in enumerate(lines):
                 axes.plot(line.positions, line.losses, **_style(place, line.label, False))
-            _decorate(axes, "", x_label, row.name, y_scale="linear" if number else "log")
+            _decorate(axes, x_label, row.name, y_scale="linear" if number else "log")
             axes.set_xscale("log")
             _label_decades(axes.xaxis)
     grid[0, 0].legend(frameon=False, fontsize="small")
@@ -146,7 +167,7 @@ def save_profile(path: Path, title: str, x_label: str, lines: Sequence[Line]) ->
         positions, shares = [1.0, *line.positions, end], [0.0, *line.losses]
         heights = [*shares, shares[-1]]
         axes.step(positions, heights, where="post", **_style(number, line.label, False))
-    _decorate(axes, "", x_label, "share of problems solved", y_scale="linear")
+    _decorate(axes, x_label, "share of problems solved", y_scale="linear")
     axes.set(xscale="log", ylim=(0, 1.05))
     _label_decades(axes.xaxis)
     axes.legend(frameon=False, fontsize="small")
@@ -184,9 +205,9 @@ def _label_decades(axis: Axis) -> None:
 
 
 def _decorate(
-    axes: Axes, title: str, x_label: str, y_label: str = "training loss", y_scale: str = "log"
+    axes: Axes, x_label: str, y_label: str = "training loss", y_scale: str = "log"
 ) -> None:
-    axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale=y_scale)
     if y_scale == "log":
         _label_decades(axes.yaxis)
     axes.grid(visible=True, which="major", alpha=0.3)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plotting import Line, Panels
+from benchmarks.plotting import Curve, Line, Panels
 from benchmarks.records import Record, Writer, versions
 from benchmarks.settings import SettingError
 from benchmarks.training import EpochRecord, Run
@@ -82,6 +82,17 @@ class RecordedRun:
         points = [(record[axis], record[quantity]) for record in self.records]
         finite = [(x, loss) for x, loss in points if loss is not None and math.isfinite(loss)]
         return Line(label, [x for x, _ in finite], [loss for _, loss in finite])
+
+    def curve(self, label: str, is_dashed: bool) -> Curve:
+        """The training losses over gradients, and over seconds of the processor if there are."""
+        records = [record for record in self.records if not record["diverged"]]
+        return Curve(
+            label,
+            is_dashed,
+            work=[record["gradients"] for record in records],
+            seconds=[record.get("cpu_seconds", record["seconds"]) for record in records],
+            losses=[record["train_loss"] for record in records],
+        )
 
     def cells(self) -> tuple[Any, ...]:
         """Where it ended: updates, gradients, seconds, and what stands under `LOSS_COLUMNS`."""

@@ -37,6 +37,23 @@ def test_plot(tmp_path, capsys):
     assert "adam" in capsys.readouterr().out
 
 
+def test_a_column_per_problem(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", "bhf", {"damping": 1}, initial_train_loss=9.0)
+    write(tmp_path / "a.jsonl", "adam", {}, cpu_seconds=1.0)
+    drawn = []
+    monkeypatch.setattr("benchmarks.plot.save_headline", lambda *figure: drawn.append(figure))
+    files = [str(tmp_path / "a.jsonl"), "--title", "t", "--png", str(tmp_path / "a.png")]
+    assert main(["plot", "--columns", "--runs", *files]) == 0
+    ((_, title, (panel,)),) = drawn
+    assert (title, panel.title) == ("t", "p")
+    assert [(curve.label, curve.is_dashed) for curve in panel.curves] == [
+        ("bhf", False),
+        ("adam", True),
+    ]
+    assert panel.curves[0].work == [7.5, 15.0]
+    assert panel.curves[1].seconds == [1.0, 0.2]
+
+
 def test_time_of_the_processor_is_taken_where_all_runs_have_it(tmp_path):
     write(tmp_path / "old.jsonl", "sgd", {})
     write(tmp_path / "new.jsonl", "adam", {}, cpu_seconds=1.0)
