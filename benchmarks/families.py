@@ -93,7 +93,7 @@ def _contenders(
 
 
 def _autoencoder(problem: str, **fields: Any) -> Trial:
-    """An autoencoder at the batch size of the K-BFGS papers, tuned with a seventh of the work."""
+    """An autoencoder at the batch size of the K-BFGS papers, tuned with 15 % of the work."""
     return Trial(
         f"all-{problem}",
         problem,

@@ -89,7 +89,7 @@ SUITES: Mapping[str, Suite] = {
         ),
     ),
     "saddles": Suite(
-        "10 min: saddles, all methods from saddle points and from next to them",
+        "10 min: saddles, L-SR1, both saddle-free methods, L-BFGS, Adam and SGD",
         (
             Part(
                 saddles,
