@@ -187,8 +187,8 @@ def kfac_work(state: optax.OptState, site: Site) -> Work:
     passes = _BACKWARD * columns[curvature] / every
     if site.settings.get("learning_rate") is not None:
         return Work(curvature=passes)
-    modelled = quadratic_model_work(state, site)
-    return modelled._replace(curvature=modelled.curvature + passes)
+    modeled = quadratic_model_work(state, site)
+    return modeled._replace(curvature=modeled.curvature + passes)
 
 
 def kfac_jax_work(state: optax.OptState, site: Site) -> Work:

@@ -101,7 +101,7 @@ class Method:
         """The settings of a run on a problem.
 
         Every method adds ``weight_decay * params`` to the gradient, and that is by default the
-        problem's L2 weight: so all methods minimise the same loss.
+        problem's L2 weight: so all methods minimize the same loss.
 
         Args:
             problem: The problem.
@@ -366,7 +366,7 @@ _ALL = (
     Method(
         name="kbfgs-model",
         description="K-BFGS with steps and damping from a quadratic model",
-        factory=lambda: variants.modelled_kbfgs,
+        factory=lambda: variants.modeled_kbfgs,
         forwards_to=lambda: so.scale_by_quadratic_model,
         defaults={"plane_every": 5},
         extra_gradients=1,

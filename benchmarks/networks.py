@@ -1,6 +1,6 @@
 """The networks of the benchmark problems, and their losses.
 
-The autoencoders are bare JAX with the papers' initialisation; the classifiers are Flax Linen, so
+The autoencoders are bare JAX with the papers' initialization; the classifiers are Flax Linen, so
 that both ways of writing a model are measured.
 """
 
@@ -17,7 +17,7 @@ DenseStack = list[dict[str, jax.Array]]
 
 
 def init_dense_stack(key: jax.Array, sizes: Sequence[int]) -> DenseStack:
-    """Initialises dense layers as PyTorch's ``nn.Linear`` does, which the papers used.
+    """Initializes dense layers as PyTorch's ``nn.Linear`` does, which the papers used.
 
     Kernel and bias are both uniform on ``+-1/sqrt(inputs)``.
 

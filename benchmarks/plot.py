@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
     print_table(
         title, _COLUMNS, [(label, *run.cells()) for run, label in zip(runs, labels, strict=True)]
     )
-    if args.png is not None and args.columns:
-        save_headline(args.png, title, _columns(runs, labels))
-    elif args.png is not None:
-        save_panels(args.png, title, panels(runs, labels))
+    if args.png is not None:
+        if args.columns:
+            save_headline(args.png, title, _columns(runs, labels))
+        else:
+            save_panels(args.png, title, panels(runs, labels))
         console.print(f"Plot: {args.png}", highlight=False)
     return 0
 
@@ -50,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
 def _columns(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[Panel]:
     """One per problem, in the order of the records."""
     names = dict.fromkeys(run.header["problem"] for run in runs)
-    labelled = list(zip(runs, labels, strict=True))
+    labeled = list(zip(runs, labels, strict=True))
     return [
         Panel(
             name,
             [
                 run.curve(label, is_dashed=run.header["method"] in PEERS)
-                for run, label in labelled
+                for run, label in labeled
                 if run.header["problem"] == name
             ],
         )

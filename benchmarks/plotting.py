@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without their yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's colors, which color-blind readers can tell apart, without their yellow.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +187,12 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
-    # More lines than colours are told apart by their dashes.
+    # More lines than colors are told apart by their dashes.
     dashes = ("--",) if is_dashed else ("-", "--", ":", "-.")
     return {
         "label": label,
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": dashes[number // len(_COLOURS) % len(dashes)],
+        "color": _COLORS[number % len(_COLORS)],
+        "linestyle": dashes[number // len(_COLORS) % len(dashes)],
         "linewidth": 1.8,
     }
 

@@ -9,7 +9,7 @@ import optax
 import secondorder as so
 
 
-def modelled_kbfgs(
+def modeled_kbfgs(
     layers: so.Layers,
     memory_size: int | None = None,
     update_every: int = 1,

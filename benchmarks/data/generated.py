@@ -57,7 +57,7 @@ class CurvesRecipe(Recipe):
         size: Height and width in pixels.
         margin: Distance of the three points from the border, in pixels.
         pen: Standard deviation of the pen, in pixels.
-        ink: Ink at the centre of a straight stroke.
+        ink: Ink at the center of a straight stroke.
         samples: Points at which the integral is taken; the longest curves that occur must not
             show them as beads, that is, they must stay below about two pens apart.
     """
@@ -89,7 +89,7 @@ class FacesRecipe(Recipe):
     Attributes:
         size: Height and width of a patch in pixels.
         rotation: Largest angle, in degrees.
-        smallest_step: Smallest distance of neighbouring patch pixels, in face pixels.
+        smallest_step: Smallest distance of neighboring patch pixels, in face pixels.
         largest_step: Largest such distance.
         contrast: Largest relative change of contrast.
         brightness: Largest change of brightness, where white is 1.
@@ -200,9 +200,9 @@ def _patch_grid(
     # Half the side of the upright box around the turned patch: what is left may be shifted.
     half_box = (recipe.size - 1) / 2 * (np.abs(cos) + np.abs(sin))
     room = np.maximum(middle - half_box, 0)
-    row_centre, column_centre = (middle + room * rng.uniform(-1, 1, room.shape) for _ in range(2))
-    rows = row_centre + cos * down - sin * right
-    columns = column_centre + sin * down + cos * right
+    row_center, column_center = (middle + room * rng.uniform(-1, 1, room.shape) for _ in range(2))
+    rows = row_center + cos * down - sin * right
+    columns = column_center + sin * down + cos * right
     return rows.astype(np.float32), columns.astype(np.float32)
 
 

@@ -460,7 +460,7 @@ def kfac(
         if weight_decay_form != "l2":
             raise ValueError(
                 "kfac: without a learning rate weight decay is part of the objective that is "
-                f"modelled; weight_decay_form={weight_decay_form!r} needs a learning rate."
+                f"modeled; weight_decay_form={weight_decay_form!r} needs a learning rate."
             )
         return scale_by_quadratic_model(
             direction,

@@ -16,7 +16,7 @@ SMALL_FACES = FacesRecipe(train_count=300, test_count=120)
 
 @pytest.fixture
 def faces():
-    """Every face has the grey level of its person, so that patches tell whose they are."""
+    """Every face has the gray level of its person, so that patches tell whose they are."""
     people = np.arange(40, dtype=np.uint8)[:, None, None, None]
     return np.broadcast_to(40 + 4 * people, (40, 10, 64, 64)).copy()
 
@@ -76,7 +76,7 @@ class TestFaces:
             assert grid.min() > -1e-3
             assert grid.max() < 63 + 1e-3
 
-    def test_neighbours_are_one_step_apart(self):
+    def test_neighbors_are_one_step_apart(self):
         rows, columns = generated._patch_grid(np.random.default_rng(0), 100, 64, SMALL_FACES)
         steps = np.hypot(np.diff(rows, axis=1), np.diff(columns, axis=1))
         assert steps.min() == pytest.approx(1.4, abs=0.05)

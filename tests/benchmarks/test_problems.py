@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_finite(name, data_folder):
     problem = PROBLEMS[name]
     splits = problem.load(DataOptions(data_folder, train_size=20, test_size=10))
     shapes = jax.eval_shape(problem.init, jax.random.key(1))
-    rng = np.random.default_rng(0)  # Compiling the initialisation would be most of the test.
+    rng = np.random.default_rng(0)  # Compiling the initialization would be most of the test.
     params = jax.tree.map(lambda leaf: rng.uniform(-0.05, 0.05, leaf.shape), shapes)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     batch = Batch.put(splits.train).take(jnp.arange(4))
@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_finite(name, data_folder):
     assert (metrics.accuracy is not None) == problem.is_classifier
 
 
-def test_initial_loss_is_that_of_grey_images():
+def test_initial_loss_is_that_of_gray_images():
     """Small initial outputs: log 2 per pixel."""
     problem = PROBLEMS["digits-autoencoder"]
     batch = Batch.put(problem.load(DataOptions(train_size=20)).train)
@@ -96,7 +96,7 @@ def test_evaluation_includes_the_penalty_and_weighs_chunks():
     assert metrics.accuracy == pytest.approx(right)
 
 
-def test_initialisation_is_that_of_torch_linear():
+def test_initialization_is_that_of_torch_linear():
     (layer,) = networks.init_dense_stack(jax.random.key(0), (400, 300))
     for leaf in (layer["kernel"], layer["bias"]):
         assert np.max(np.abs(leaf)) <= 0.05

@@ -99,7 +99,7 @@ MODEL_STATIC = ("adapt_every", "plane_every")
 
 
 @with_settings_of(so.scale_by_quadratic_model)
-def modelled_kbfgs(layers: so.Layers, **settings: Any) -> optax.GradientTransformationExtraArgs:
+def modeled_kbfgs(layers: so.Layers, **settings: Any) -> optax.GradientTransformationExtraArgs:
     """K-BFGS with the quadratic model's steps, which it shares its damping with."""
     return so.scale_by_quadratic_model(so.scale_by_kbfgs(layers, momentum=0.0), **settings)
 
@@ -317,8 +317,8 @@ REGISTRY = [
         terminal=True,
     ),
     Entry(
-        "modelled-kbfgs",
-        modelled_kbfgs,
+        "modeled-kbfgs",
+        modeled_kbfgs,
         {"damping": 0.3},
         (LAYERS,),
         MODEL_STATIC,
