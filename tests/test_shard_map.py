@@ -50,7 +50,7 @@ def train(name):
     return params
 
 
-@pytest.mark.parametrize("name", ["lsr1", "gauss_newton", "newton_cg"])
+@pytest.mark.parametrize("name", ["lsr1", "gauss_newton", "newton_cg", "shampoo", "soap"])
 def test_gradients_and_products_are_enough(x64, name):
     expected = on_one_device(name)[1]
     for a, b in zip(*map(jax.tree.leaves, (train(name), expected)), strict=True):
