@@ -227,7 +227,11 @@ def _targets(trial: Trial, outcomes: Sequence[Outcome]) -> tuple[float, ...]:
     """The targets of a trial, or those around where its best peer ends."""
     if trial.targets is not None:
         return trial.targets
-    ends = [_mean([_loss(run.last) for run in o.runs]) for o in outcomes if o.contender.is_peer]
+    ends = [
+        _mean([_loss(run.last) for run in o.runs])
+        for o in outcomes
+        if o.contender.is_peer and o.runs
+    ]
     known = [end for end in ends if end is not None]
     return tuple(share * min(known) for share in _AROUND_THE_BEST) if known else ()
 

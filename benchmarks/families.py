@@ -1,6 +1,6 @@
 """The comparisons of all methods and peers on families of problems, each tuned over four points."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.trials import Contender, Grid, Trial
@@ -57,8 +57,6 @@ _SUMS: Mapping[str, Grid] = {
     "hf": _dampings(0.1, 1.0, 10.0, 100.0),
     "bhf": _dampings(0.1, 1.0, 10.0, 100.0),
 }
-# K-FAC and K-BFGS treat layers, of which an LSTM has none that they know.
-_LAYERED = ("kfac-jax", "kfac", "kfac-adaptive", "kbfgs", "kbfgs-l", "kbfgs-model")
 # All that depends on the problem is in the grids, but for the blocks.
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     # The papers' epsilons, the defaults of their problems, are tuned along with the rate.
@@ -76,9 +74,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 _ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kfac-adaptive", "kbfgs-model")
 
 
-def _contenders(
-    grids: Mapping[str, Grid], curvature: int, blocks: str, without: Iterable[str] = ()
-) -> tuple[Contender, ...]:
+def _contenders(grids: Mapping[str, Grid], curvature: int, blocks: str) -> tuple[Contender, ...]:
     """Every method of the grids, with products on the first ``curvature`` samples of the batch."""
     return tuple(
         Contender(
@@ -88,7 +84,6 @@ def _contenders(
             curvature_batch_size=curvature if method in _ON_PART_OF_THE_BATCH else None,
         )
         for method, grid in grids.items()
-        if method not in without
     )
 
 
@@ -168,7 +163,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
         Trial(
             "all-mnist-lstm",
             "mnist-lstm",
-            _contenders(_CLASSIFIERS, curvature=250, blocks="modules", without=_LAYERED),
+            _contenders(_CLASSIFIERS, curvature=250, blocks="modules"),
             gradients=4000,
             records=40,
             tuning=0.25,

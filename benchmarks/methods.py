@@ -204,11 +204,6 @@ def _low_rank(name: str, description: str, **fixed: Any) -> Method:
     )
 
 
-def _shampoo_like(name: str, description: str) -> Method:
-    """A method of the package that needs nothing but a learning rate."""
-    return Method(name, description, lambda: getattr(so, name), defaults={"learning_rate": 1e-3})
-
-
 def lsr1(
     shrink: float | None = None,
     grow: float | None = None,
@@ -394,8 +389,6 @@ _ALL = (
         is_second_order=True,
         work=kfac_work,
     ),
-    _shampoo_like("shampoo", "Shampoo (Gupta, Koren, Singer 2018)"),
-    _shampoo_like("soap", "SOAP, Adam in the eigenbasis of Shampoo (Vyas et al. 2024)"),
     Method(
         name="shampoo",
         description="Shampoo, grafted with Adam (Gupta, Koren, Singer 2018; Anil et al. 2020)",
