@@ -11,6 +11,7 @@ from flax import serialization
 from jax.sharding import AxisType
 
 import secondorder as so
+from tests.marks import with_slow
 from tests.meshes import make_mesh, place, use_mesh
 
 EVERY, SIZE, ROUNDS = 3, 4, 2
@@ -98,7 +99,7 @@ def merge(leaf, *axes):
     return jnp.reshape(leaf, (*axes, *leaf.shape[3:]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", with_slow(METHODS, "lrsfn", "partition"))
 @pytest.mark.usefixtures("x64")
 def test_a_round_is_one_step_on_all_of_its_micro_batches(method):
     """Under scan, which also insists on a state that is a fixed point."""

@@ -10,6 +10,7 @@ from flax import nnx
 
 import secondorder as so
 from secondorder.flax import TrainState, find_nnx_layers, make_nnx_train_step, make_train_step
+from tests.marks import with_slow
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
 BATCH = (X, np.sin(X[:, :1]))
@@ -55,7 +56,7 @@ def linen_state(tx):
     )
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", with_slow(OPTIMIZERS, "chain", "lbfgs"))
 def test_linen(optimizer):
     state = linen_state(OPTIMIZERS[optimizer]())
     step = jax.jit(make_train_step(loss, rngs=("dropout",), train=True))
@@ -102,7 +103,7 @@ def test_missing_key_says_which_and_how():
         step(linen_state(so.lsr1()), BATCH)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", with_slow(OPTIMIZERS, "lbfgs", "lsr1"))
 def test_nnx(optimizer):
     model = NNX(nnx.Rngs(0))
     state = nnx.Optimizer(model, OPTIMIZERS[optimizer](), wrt=nnx.Param)

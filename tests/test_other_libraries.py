@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import secondorder as so
+from tests.marks import with_slow
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = np.sin(X[:, :1]) + X[:, 1:2]
@@ -46,7 +47,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", with_slow(METHODS, "lsr1"))
 @pytest.mark.parametrize("library", MODELS)
 def test_models_of_other_libraries_train(library, method):
     params, model = MODELS[library]()

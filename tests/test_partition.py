@@ -12,6 +12,7 @@ import pytest
 
 import secondorder as so
 from secondorder.tree import label_blocks
+from tests.marks import with_slow
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype("float32")
 Y = np.sin(X[:, :1])
@@ -69,7 +70,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", with_slow(METHODS, "lsr1"))
 def test_a_method_does_with_a_part_what_it_does_with_it_alone(method):
     """Where the rest stays: an optimizer of the rest that does nothing."""
     params = params_of()

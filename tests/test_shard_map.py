@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import secondorder as so
+from tests.marks import with_slow
 from tests.meshes import make_mesh
 from tests.protocol.registry import REGISTRY
 from tests.protocol.test_sharded_protocol import BATCH, PARAMS, make, objective_on, on_one_device
@@ -21,6 +22,7 @@ pytestmark = [
         jax.__version_info__ < (0, 7), reason="JAX 0.6 loses track of what varies in its own loops"
     ),
 ]
+GENERAL = ("lsr1", "shampoo", "soap", "gauss_newton", "newton_cg")
 NEEDS_EXAMPLES = ("kbfgs", "pch", "hessian_free")  # the latter for its preconditioner
 
 
@@ -50,7 +52,12 @@ def train(name):
     return params
 
 
-@pytest.mark.parametrize("name", ["lsr1", "gauss_newton", "newton_cg", "shampoo", "soap"])
+@pytest.mark.parametrize(
+    "name",
+    with_slow(
+        ["lsr1", "gauss_newton", "newton_cg", "shampoo", "soap"], "gauss_newton", "newton_cg"
+    ),
+)
 def test_gradients_and_products_are_enough(x64, name):
     expected = on_one_device(name)[1]
     for a, b in zip(*map(jax.tree.leaves, (train(name), expected)), strict=True):

@@ -207,10 +207,10 @@ def train_on_one_device(name, settings_name):
 @pytest.mark.parametrize(
     ("kind", "name", "settings"),
     [
-        (AUTO, "columns", "limited"),
+        pytest.param(AUTO, "columns", "limited", marks=pytest.mark.slow),
         (AUTO, "other_kinds", "paper_2020"),
         (EXPLICIT, "rows", "limited"),
-        (EXPLICIT, "columns", "default"),
+        pytest.param(EXPLICIT, "columns", "default", marks=pytest.mark.slow),
         pytest.param(EXPLICIT, "other_kinds_replicated", "paper_2020", marks=needs_rules),
     ],
     ids=lambda value: getattr(value, "name", value),

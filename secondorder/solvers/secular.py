@@ -179,8 +179,11 @@ def secular_root(equation: SecularEquation) -> jax.Array:
 
 def _secular_equation(shifted: ShiftedSpectrum, *, penalized: bool) -> SecularEquation:
     """Writes the conditions for a minimizer as an equation in ``u``."""
-    # Below the normal numbers quotients would overflow.
-    large = jnp.abs(shifted.gradient) >= float(np.finfo(shifted.gradient.dtype).tiny)
+    # Below the normal numbers quotients would overflow. Of a part so much smaller than the rest
+    # the root is small too, and Newton's changes of it would be no normal numbers.
+    limits = np.finfo(shifted.gradient.dtype)
+    relative = float(limits.tiny) / float(limits.eps) * safe_norm(shifted.gradient)
+    large = jnp.abs(shifted.gradient) >= jnp.maximum(relative, float(limits.tiny))
     gradient = jnp.where(large, shifted.gradient, 0)
     start = shifted.excess if penalized else jnp.ones_like(shifted.excess)
     return SecularEquation(shifted.base, gradient, start, int(penalized))

@@ -101,7 +101,8 @@ MODEL_STATIC = ("adapt_every", "plane_every")
 @with_settings_of(so.scale_by_quadratic_model)
 def modeled_kbfgs(layers: so.Layers, **settings: Any) -> optax.GradientTransformationExtraArgs:
     """K-BFGS with the quadratic model's steps, which it shares its damping with."""
-    return so.scale_by_quadratic_model(so.scale_by_kbfgs(layers, momentum=0.0), **settings)
+    direction = so.scale_by_kbfgs(layers, momentum=0.0)
+    return so.scale_by_quadratic_model(**{**settings, "direction": direction})
 
 
 REGISTRY = [
@@ -337,4 +338,12 @@ VARIANTS = (
     "krylov_subspace_descent-preconditioned",
     "scale_by_shampoo",
     "scale_by_soap",
+    "kbfgs-average-every-third",
+    "scale_by_lsr1",
+    "lsr1-every-third",
+    "scale_by_lrsfn",
+    "levenberg_marquardt-blocks",
+    "scale_by_pch",
+    "scale_by_kfac-empirical",
+    "modeled-kbfgs",
 )
