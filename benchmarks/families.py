@@ -48,7 +48,7 @@ _SUMS: Mapping[str, Grid] = {
     "nag": _rates(1e-3, 3e-3, 1e-2, 3e-2),
     "adam": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "adamw": _rates(3e-4, 1e-3, 3e-3, 1e-2),
-    "kfac-jax": _dampings(1.0, 10.0, 100.0, 1000.0),
+    "kfac-jax": _dampings(0.1, 1.0, 10.0, 100.0),
     "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
     "kfac-adaptive": _dampings(0.03, 0.1, 0.3, 1.0),
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
