@@ -115,11 +115,11 @@ def _classifier(problem: str, accuracies: tuple[float, ...], **fields: Any) -> T
 FAMILIES: dict[str, tuple[Trial, ...]] = {
     "autoencoders": (
         _autoencoder(
-            "mnist-autoencoder", gradients=1500, targets=(60, 56, 54), gradient_seconds=0.16
+            "mnist-autoencoder", gradients=1000, targets=(60, 56, 54), gradient_seconds=0.16
         ),
         _autoencoder(
             "faces-autoencoder",
-            gradients=600,
+            gradients=400,
             train_size=10000,
             test_size=2500,
             targets=None,
