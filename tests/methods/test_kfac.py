@@ -126,6 +126,24 @@ def test_the_limit_of_the_divergence():
     np.testing.assert_allclose(product(1e4), free, rtol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_limit_of_what_is_not_finite_is_zero(momentum):
+    """Batches of NaN, and gradients whose product with the direction overflows."""
+    objective, params = objective_on(), params_of()
+    grads = jax.grad(objective)(params)
+    tx = so.kfac(0.1, LAYERS, max_divergence=1.0, momentum=momentum)
+    state = tx.init(params)
+    for number, factor in enumerate((jnp.nan, 1e25)):
+        spoiled = jax.tree.map(lambda g, f=factor: f * g, grads)
+        updates, state = tx.update(spoiled, state, params, value_fn=objective)
+        assert all_zero(updates)
+        assert so.metrics(state)["divergence_limit/nonfinite_steps"] == number + 1
+    assert so.metrics(state)["kfac/nonfinite_steps"] == 1
+    updates, state = tx.update(grads, state, params, value_fn=objective)
+    assert not all_zero(updates)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
+
+
 @pytest.mark.parametrize("curvature", ["sampled", "exact", "empirical"])
 def test_batches_that_are_not_finite(curvature):
     tx = so.scale_by_kfac(LAYERS, curvature=curvature)
