@@ -70,7 +70,8 @@ class KFACMetrics(NamedTuple):
       nonfinite_curvature: Refreshes that were left out, as a factor was not finite.
       curvature_updates: Refreshes of the factors.
       inverse_updates: Refreshes of the inverses.
-      failed_inverses: Blocks that kept their inverse, as a new one was not finite.
+      failed_inverses: Blocks that kept their inverse or their moments along the eigenvectors, as
+        new ones were not finite.
     """
 
     nonfinite_steps: jax.Array
@@ -88,7 +89,6 @@ class ScaleByKFACState(NamedTuple):
       key: Data of a PRNG key, uint32; give each of several seeds its own.
       factors: The averaged factors of all layers.
       inverses: Their inverses, or their eigenvectors and eigenvalues.
-      in_basis: Batches since the inverses or eigenvectors were made, int32.
       fallback: State of the transform for parameters in no layer.
       metrics: Counters.
     """
@@ -97,7 +97,6 @@ class ScaleByKFACState(NamedTuple):
     key: jax.Array
     factors: KFACFactors
     inverses: KFACInverses
-    in_basis: jax.Array
     fallback: optax.OptState
     metrics: KFACMetrics
 
@@ -150,7 +149,8 @@ def scale_by_kfac(
       inverse: ``"cholesky"``: both factors damped and inverted. ``"eigen"``: their eigenvectors,
         with :math:`\lambda` exactly and as it is now; twice the products in a step.
         ``"corrected"``: likewise, with the gradients' second moments along the eigenvectors in
-        place of products of eigenvalues (EKFAC), averaged anew for each basis. Static.
+        place of products of eigenvalues (EKFAC); in a new basis their average starts from these
+        products. Static.
       update_every: Refresh the factors at every so many steps only. Static.
       inverse_every: Refresh the inverses at every so many steps only, a multiple of
         ``update_every``. Before that many steps both are also refreshed after 1, 2, 4, 8, ..., as
@@ -217,7 +217,6 @@ def scale_by_kfac(
             key=jax.random.key_data(jax.random.key(seed)),
             factors=init_factors(settings, layers, layout, dtype),
             inverses=init_inverses(settings, layout, dtype),
-            in_basis=jnp.zeros((), jnp.int32),
             fallback=others.init(params),
             metrics=KFACMetrics(*(jnp.zeros((), jnp.int32) for _ in KFACMetrics._fields)),
         )
@@ -314,19 +313,19 @@ def _refresh(
 
     def due(old: KFACInverses) -> tuple[KFACInverses, jax.Array]:
         with jax.named_scope("kfac_inverses"):
-            return invert(settings, layout, factors, old, positions, damping)
+            return invert(settings, layout, factors, old, positions, sample.batch_size, damping)
 
     is_due = finite & _is_due(settings, state.count, settings.inverse_every)
     none = jnp.zeros((), jnp.int32)
     inverses, failed = jax.lax.cond(is_due, due, lambda old: (old, none), state.inverses)
-    in_basis = jnp.where(is_due, 0, state.in_basis)
     if settings.inverse == "corrected":
-        corrected = correct(settings, layout, inverses, sample, in_basis)
+        count = metrics.curvature_updates
+        corrected, kept = correct(settings, layout, factors, inverses, sample, count)
         inverses = jax.tree.map(lambda n, o: jnp.where(finite, n, o), corrected, inverses)
+        failed += jnp.where(finite, kept, 0)
     return state._replace(
         factors=factors,
         inverses=inverses,
-        in_basis=in_basis + finite,
         metrics=metrics._replace(
             nonfinite_curvature=metrics.nonfinite_curvature + ~finite,
             curvature_updates=metrics.curvature_updates + finite,

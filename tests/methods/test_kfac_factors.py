@@ -327,9 +327,13 @@ def test_halves_of_a_batch_add():
 
 @functools.cache
 def network():
-    model, params = mlp(jnp.tanh)
-    x, y = normal(8, 3), jax.nn.softmax(normal(8, 2))
-    return so.Objective(lambda p: model(p, x), cross_entropy(y)), params
+    return network_on(0), mlp(jnp.tanh)[1]
+
+
+def network_on(seed):
+    model, _ = mlp(jnp.tanh)
+    x, y = normal(8, 3, seed=seed), jax.nn.softmax(normal(8, 2, seed=seed))
+    return so.Objective(lambda p: model(p, x), cross_entropy(y))
 
 
 def direction_of(**settings):
@@ -382,6 +386,95 @@ def test_corrected_eigenvalues_are_nearer_to_the_curvature():
         np.testing.assert_allclose(
             np.ravel(inverses.spectra[index][0]), diagonal, rtol=1e-8, atol=1e-14
         )
+
+
+def corrected_run(batches, decay=0.8):
+    """States after one step for each batch, at the same parameters, with a new basis in each."""
+    layers = so.find_layers(batches[0], network()[1])
+    tx = so.scale_by_kfac(
+        layers, curvature="exact", inverse="corrected", inverse_every=1, moment_decay=decay
+    )
+    params, states = network()[1], [tx.init(network()[1])]
+    for objective in batches:
+        update = jax.jit(lambda g, s, o=objective: tx.update(g, s, params, value_fn=o))
+        states.append(update(jax.grad(objective)(params), states[-1])[1])
+    return layers, states[1:]
+
+
+def test_moments_in_a_new_basis_start_from_the_product():
+    batches = [network_on(seed) for seed in range(3)]
+    layers, states = corrected_run(batches)
+    decay, last = float(kf.warm_decay(0.8, jnp.int32(2))), states[-1]
+    dense = blocks(batches[-1], network()[1], layers)
+    for index, (product, block) in enumerate(zip(products(last.factors), dense, strict=True)):
+        basis = np.kron(last.inverses.inputs[index][0], last.inverses.outputs[index][0])
+        before, now = (np.diag(basis.T @ matrix @ basis) for matrix in (product, block))
+        found = np.ravel(last.inverses.spectra[index][0])
+        np.testing.assert_allclose(
+            found, decay * before + (1 - decay) * now, rtol=1e-6, atol=1e-9 * now.max()
+        )
+
+
+def test_moments_stay_nearer_to_the_curvature_in_every_new_basis():
+    objective, params = network()
+    layers, states = corrected_run([objective] * 3)
+    for state in states:
+        for index, expected in enumerate(blocks(objective, params, layers)):
+            basis = np.kron(state.inverses.inputs[index][0], state.inverses.outputs[index][0])
+            corrected = basis @ np.diag(np.ravel(state.inverses.spectra[index][0])) @ basis.T
+            plain = products(state.factors)[index]
+            distances = [np.linalg.norm(m - expected) for m in (corrected, plain)]
+            assert distances[0] < 0.9999 * distances[1]
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "corrected"])
+def test_rows_of_an_embedding_that_were_not_seen(inverse):
+    """Their gradient is not divided by the damping alone: a batch with one uses them once."""
+    tokens, damping = jnp.array([[0, 2, 2], [1, 2, 0]]), 1e-3
+    y = normal(2, 3, 4)
+    objective = so.Objective(
+        lambda p: jnp.tanh(p["t"][tokens]) @ p["v"], lambda z: jnp.sum((z - y) ** 2) / 2
+    )
+    params = {"t": normal(5, 3), "v": normal(3, 4)}
+    layers = so.find_layers(objective, params)
+    tx = so.scale_by_kfac(layers, damping=damping, curvature="exact", inverse=inverse)
+    gradient = {"t": normal(5, 3, seed=1), "v": normal(3, 4, seed=1)}
+    update = jax.jit(lambda g, s: tx.update(g, s, params, value_fn=objective))
+    updates, state = update(gradient, tx.init(params))
+    a, g = state.factors.inputs[0][0], state.factors.outputs[0][0]
+    np.testing.assert_allclose(a, np.array([2, 1, 3, 0, 0]) / 2)
+    least = np.maximum(a, 1 / 2)
+    pi = np.sqrt(least.mean() / (np.trace(g) / 3))
+    root = np.sqrt(damping)
+    for row in (0, 3, 4) if inverse != "corrected" else (3, 4):
+        dense = least[row] * g + damping * np.eye(3)
+        if inverse == "cholesky":
+            dense = (least[row] + pi * root) * (g + root / pi * np.eye(3))
+        if inverse == "corrected":
+            basis = state.inverses.outputs[0][0]
+            dense = basis @ np.diag(np.diag(basis.T @ g @ basis) / 2 + damping) @ basis.T
+        expected = np.linalg.solve(dense, gradient["t"][row])
+        np.testing.assert_allclose(updates["t"][row], expected, rtol=1e-7)
+
+
+def test_moments_that_overflow_are_left_out():
+    """Though the factors are finite: the squares of their rows are not."""
+    params, x = normal(4, 3), normal(16, 4)
+
+    def on(scale):
+        return so.Objective(lambda p: scale * x @ p, lambda z: scale**2 * jnp.mean(z**2))
+
+    tx = so.scale_by_kfac(
+        so.find_layers(on(1.0), params), inverse="corrected", inverse_every=4, moment_decay=0.5
+    )
+    update = jax.jit(lambda state, scale: tx.update(params, state, params, value_fn=on(scale)))
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = update(state, 1.0)
+    _, new = update(state, 1e80)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.factors))
+    np.testing.assert_array_equal(new.inverses.spectra[0], state.inverses.spectra[0])
+    assert new.metrics.failed_inverses == state.metrics.failed_inverses + 1 == 1
 
 
 def test_rotated_moments_of_an_embedding():
