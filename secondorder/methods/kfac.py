@@ -131,7 +131,8 @@ def scale_by_kfac(
     * ``"sampled"``: one random combination :math:`S \epsilon` of the columns of a square root of
       the outputs' Hessian, passed back: a sampled Fisher matrix if the loss is the negative
       logarithm of a likelihood. One more pass back; any number of outputs.
-    * ``"exact"``: all these columns, a pass back for each output: for few of them.
+    * ``"exact"``: all these columns, a pass back for each output: for few of them. Diagonals of
+      parameters in no layer are sampled all the same.
     * ``"empirical"``: those of the loss itself, which the caller's gradient has made already. Costs
       nothing, knows no loss and takes any objective that is a mean over cases; but it is not the
       curvature.
@@ -160,7 +161,11 @@ def scale_by_kfac(
         `secondorder.scale_by_kbfgs` for the others. For ``"cholesky"`` only. Static.
       fallback: For parameters in no layer, such as a normalization's scale and shift:
         ``"diagonal"`` divides their gradient by an estimate of the diagonal of the same curvature,
-        plus the damping; or a transform of it.
+        plus the damping; or a transform of it. The estimate averages squares of random gradients,
+        one at every refresh, also if ``curvature`` is ``"exact"``. Such a square is off by its own
+        size, so that the averages of a leaf are drawn toward their mean as far as they are noise:
+        at first all the way, after about forty refreshes hardly; see
+        `secondorder.factors.shrink_to_mean`.
       strict: Whether parameters in no layer are an error.
       seed: Of the random cotangents. Static.
 
@@ -351,7 +356,9 @@ def _direction(
         layers.layers, precondition(state.inverses, layout, matrices, damping), strict=True
     ):
         direction.update(layer.from_matrix(product))
-    for leaf, diagonal in zip(settings.diagonals, state.factors.diagonals, strict=True):
+    samples = kf.effective_samples(settings.moment_decay, state.metrics.curvature_updates)
+    for leaf, squares in zip(settings.diagonals, state.factors.diagonals, strict=True):
+        diagonal = kf.shrink_to_mean(squares, samples)
         direction[leaf] = replicate(leaves[leaf]).astype(diagonal.dtype) / (diagonal + damping)
     return direction
 

@@ -308,6 +308,28 @@ def test_diagonals_of_other_parameters(curvature):
     np.testing.assert_allclose(mean, expected, rtol=0.15)
 
 
+@pytest.mark.parametrize("curvature", ["sampled", "exact"])
+def test_diagonals_of_one_sample_are_near_the_curvature(curvature):
+    """Of a normalization inside of a network: no entry is a small part of what it should be."""
+    x, y = normal(64, 4), normal(64, 3)
+    params = {
+        "w": normal(4, 64), "scale": 1 + normal(64) / 8, "shift": normal(64), "v": normal(64, 3)
+    }  # fmt: skip
+
+    def model(p):
+        h = jnp.tanh(x @ p["w"])
+        return ((h - jnp.mean(h, 1, keepdims=True)) * p["scale"] + p["shift"]) @ p["v"]
+
+    objective = so.Objective(model, squared(y))
+    tx = so.scale_by_kfac(so.find_layers(objective, params), damping=1e-6, curvature=curvature)
+    updates, _ = updated(tx, objective, params)
+    gradient, jacobian = jax.grad(objective)(params), jax.jacobian(model)(params)
+    for name in ("scale", "shift"):
+        diagonal = 2 / 64 * np.sum(np.asarray(jacobian[name]) ** 2, axis=(0, 1))
+        ratio = (gradient[name] / updates[name] - 1e-6) / diagonal
+        assert ratio.min() > 0.1  # of the squares alone about 1e-3
+
+
 def test_halves_of_a_batch_add():
     model, params = mlp(jnp.tanh)
     x, y = normal(8, 3), normal(8, 2)
