@@ -138,7 +138,8 @@ def scale_by_kfac(
       curvature.
 
     Uses of a tied weight that see it as another matrix, such as the transposed one of a decoder,
-    have no part in its factors; `find_layers` counts them.
+    have no part in its factors, and steps can be too long for them. `find_layers` counts them as
+    tied, and ``strict`` refuses them.
 
     Args:
       layers: The layers of the model, from `find_layers`.
@@ -162,11 +163,10 @@ def scale_by_kfac(
       fallback: For parameters in no layer, such as a normalization's scale and shift:
         ``"diagonal"`` divides their gradient by an estimate of the diagonal of the same curvature,
         plus the damping; or a transform of it. The estimate averages squares of random gradients,
-        one at every refresh, also if ``curvature`` is ``"exact"``. Such a square is off by its own
-        size, so that the averages of a leaf are drawn toward their mean as far as they are noise:
-        at first all the way, after about forty refreshes hardly; see
-        `secondorder.factors.shrink_to_mean`.
-      strict: Whether parameters in no layer are an error.
+        also if ``curvature`` is ``"exact"``, and is drawn toward its mean over the leaf as far as
+        it is noise: at first nearly all the way; see `secondorder.factors.shrink_to_mean`.
+      strict: Whether parameters in no layer are an error, and weights with uses that see them as
+        another matrix.
       seed: Of the random cotangents. Static.
 
     Returns:

@@ -263,6 +263,15 @@ def test_wrong_settings_raise(setting, message):
         so.scale_by_kfac(LAYERS, **setting)
 
 
+def test_strict_refuses_uses_that_have_no_part_in_the_factors():
+    objective = so.Objective(lambda p: jnp.tanh(p["w"][jnp.arange(5)]) @ p["w"].T, jnp.sum)
+    params = {"w": normal(7, 3)}
+    layers = so.find_layers(objective, params)
+    so.scale_by_kfac(layers)
+    with pytest.raises(ValueError, match=r"strict=True(.|\n)*transposed(.|\n)*w"):
+        so.scale_by_kfac(layers, strict=True)
+
+
 def test_decoupled_decay_needs_a_learning_rate():
     with pytest.raises(ValueError, match="decoupled"):
         so.kfac(None, LAYERS, weight_decay_form="decoupled")
