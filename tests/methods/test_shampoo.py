@@ -237,6 +237,22 @@ def test_roots_that_are_not_found_stay_and_are_counted():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, new.roots)))
 
 
+def test_roots_that_take_more_damping_are_counted():
+    """Of a moment that rounding has made indefinite."""
+    gradient = jnp.ones((3, 3))
+    tx = so.scale_by_shampoo(
+        root_solver="newton",
+        precondition_every=1,
+        moment_decay=None,
+        start_preconditioning_step=0,
+    )
+    state = tx.init(gradient)
+    moment = jnp.diag(jnp.array([1.0, 0.5, -1e-4]))[None]
+    state = state._replace(statistics=((moment, 1e6 * jnp.eye(3)[None]),))
+    _, new = jax.jit(tx.update)(1e-6 * gradient, state, gradient)
+    assert (new.metrics.failed_roots, new.metrics.retried_roots) == (0, 1)
+
+
 @pytest.mark.parametrize("method", [so.scale_by_shampoo, so.scale_by_soap])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25])
 def test_gradients_that_are_not_finite_change_a_counter(method, bad):
