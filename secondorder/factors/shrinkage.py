@@ -49,9 +49,9 @@ def shrink_to_mean(averages: jax.Array, samples: chex.Numeric) -> jax.Array:
       The estimates, of the same mean.
 
     Example:
-      >>> noisy = jnp.array([0.01, 0.2, 4.0, 0.5])
-      >>> shrink_to_mean(noisy, 1).round(3).tolist(), shrink_to_mean(noisy, 1e9).round(3).tolist()
-      ([1.177, 1.177, 1.177, 1.177], [0.01, 0.2, 4.0, 0.5])
+      >>> noisy = jnp.array([0.0, 0.25, 4.0, 0.5])
+      >>> shrink_to_mean(noisy, 1).tolist(), shrink_to_mean(noisy, 1e9).tolist()
+      ([1.1875, 1.1875, 1.1875, 1.1875], [0.0, 0.25, 4.0, 0.5])
     """
     mean = jnp.mean(averages)
     ratios = averages / jnp.where(mean > 0, mean, 1)
