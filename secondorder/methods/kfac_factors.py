@@ -276,13 +276,14 @@ def correct(
     chosen, failed = [], jnp.zeros((), jnp.int32)
     for index, moment in enumerate(layout.join(moments)):
         old = inverses.spectra[index]
+        assert isinstance(old, jax.Array)
         new = kf.ema(old, moment, decay)
         if inverses.inputs[index].ndim == 2:
             least = _variances(factors.outputs[index], inverses.outputs[index]) / sample.batch_size
             new = jnp.maximum(new, least[:, None, :])
         finite = _finite_blocks(new)
         failed += jnp.sum(~finite, dtype=jnp.int32)
-        chosen.append(jax.tree.map(lambda n, o, f=finite: _where(f, n, o), new, old))
+        chosen.append(_where(finite, new, old))
     return inverses._replace(spectra=tuple(chosen)), failed
 
 

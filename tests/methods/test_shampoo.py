@@ -11,6 +11,7 @@ import pytest
 import secondorder as so
 from tests.meshes import make_mesh, place, use_mesh
 from tests.methods import blockwise_oracle
+from tests.methods.comparisons import count_primitives
 
 STEPS = 5
 SHAPES = {"scalar": (), "vector": (4,), "matrix": (3, 4), "tensor": (2, 3, 4)}
@@ -277,18 +278,6 @@ def test_a_parameter_without_gradient_stays():
 # What it compiles to.
 
 
-def count(jaxpr, names):
-    """How often primitives are in a jaxpr, with all that is inside of others."""
-    found = 0
-    for equation in jaxpr.eqns:
-        found += equation.primitive.name in names
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda node: hasattr(node, "jaxpr")
-        ):
-            found += count(inner.jaxpr, names) if hasattr(inner, "jaxpr") else 0
-    return found
-
-
 @pytest.mark.parametrize(
     ("tx", "names"),
     [
@@ -302,7 +291,7 @@ def test_equal_layers_are_not_compiled_one_by_one(tx, names):
     for layers in (1, 2, 12):
         params = {i: {"w": jnp.ones((4, 6)), "b": jnp.ones(6)} for i in range(layers)}
         traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
-        counts.append(count(traced.jaxpr, names))
+        counts.append(count_primitives(traced.jaxpr, names))
     assert counts[0] == counts[1] == counts[2] > 0
 
 
