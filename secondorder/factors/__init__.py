@@ -62,6 +62,7 @@ from secondorder.factors.roots import (
     inverse_roots,
     newton_roots,
 )
+from secondorder.factors.shrinkage import effective_samples, shrink_to_mean
 
 __all__ = [
     "Bookkeeping",
@@ -79,6 +80,7 @@ __all__ = [
     "damp_pair",
     "damped_inverse",
     "damped_inverses",
+    "effective_samples",
     "eigenbases",
     "eigh_roots",
     "ema",
@@ -102,6 +104,7 @@ __all__ = [
     "powell_damping",
     "push_pair",
     "rotate",
+    "shrink_to_mean",
     "split_damping",
     "stacked_eigenvectors",
     "stacked_inverses",

@@ -140,7 +140,7 @@ def inverse_roots(
     order: chex.Numeric,
     eps: chex.Numeric,
     solver: RootSolver = "eigh",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Inverse roots, or the previous ones where there are none.
 
     Where Newton's iteration fails it is tried once more with a thousand times the damping.
@@ -153,27 +153,30 @@ def inverse_roots(
       solver: `eigh_roots` or `newton_roots`. Static.
 
     Returns:
-      The roots, finite if the previous ones were; and which of them are the previous ones, (S,).
+      The roots, finite if the previous ones were; which of them are the previous ones, (S,); and
+      which were found with more damping only, (S,).
 
     Example:
-      >>> roots, failed = inverse_roots(jnp.full((1, 1, 1), jnp.nan), jnp.ones((1, 1, 1)), 2, 1e-6)
-      >>> roots.item(), failed.item()
-      (1.0, True)
+      >>> matrices = jnp.array([[[jnp.nan]], [[4.0]]])
+      >>> roots, failed, retried = inverse_roots(matrices, jnp.ones((2, 1, 1)), 2, 1e-6)
+      >>> roots.round(3).ravel().tolist(), failed.tolist(), retried.tolist()
+      ([1.0, 0.5], [True, False], [False, False])
     """
     if solver == "eigh":
         roots = eigh_roots(matrices, order, eps)
+        at_once = finite_matrices(roots)
     else:
         assert isinstance(order, int)
         roots = newton_roots(matrices, order, eps)
+        at_once = finite_matrices(roots)
 
         def again(roots: jax.Array) -> jax.Array:
             damped = newton_roots(matrices, order, _MORE_DAMPING * eps)
-            return jnp.where(finite_matrices(roots)[:, None, None], roots, damped)
+            return jnp.where(at_once[:, None, None], roots, damped)
 
-        complete = jnp.all(finite_matrices(roots))
-        roots = jax.lax.cond(complete, lambda roots: roots, again, roots)
+        roots = jax.lax.cond(jnp.all(at_once), lambda roots: roots, again, roots)
     found = finite_matrices(roots)
-    return jnp.where(found[:, None, None], roots, previous), ~found
+    return jnp.where(found[:, None, None], roots, previous), ~found, found & ~at_once
 
 
 def finite_matrices(stack: jax.Array) -> jax.Array:

@@ -253,8 +253,9 @@ def find_layers(
 
     Returns:
       The layers. Printing them shows a table: for each layer the parameter's path, kind,
-      dimensions, bias, blocks, positions per example and uses; for every other parameter why it
-      is in no layer.
+      dimensions, bias, blocks, positions per example and uses, with those counted as tied that see
+      the weight as another matrix, such as the transposed one, and have no part in its factors;
+      for every other parameter why it is in no layer.
 
     Raises:
       TypeError: If the objective does not return one real scalar.

@@ -141,7 +141,8 @@ def scale_by_kbfgs(
       refresh_order: Whether factors are refreshed ``"before"`` the gradient is preconditioned with
         them, or ``"after"``.
       fallback: Transform of the gradients of parameters in no layer. Default: their momentum.
-      strict: Whether parameters in no layer are an error.
+      strict: Whether parameters in no layer are an error, and weights with uses that see them as
+        another matrix.
       spread_over: Names of the axes of the parameters' mesh over which the factors of layers of
         equal shape, and the work on them, are spread; None for all axes, ``()`` for none. Static.
 

@@ -70,7 +70,8 @@ class KFACMetrics(NamedTuple):
       nonfinite_curvature: Refreshes that were left out, as a factor was not finite.
       curvature_updates: Refreshes of the factors.
       inverse_updates: Refreshes of the inverses.
-      failed_inverses: Blocks that kept their inverse, as a new one was not finite.
+      failed_inverses: Blocks that kept their inverse or their moments along the eigenvectors, as
+        new ones were not finite.
     """
 
     nonfinite_steps: jax.Array
@@ -88,7 +89,6 @@ class ScaleByKFACState(NamedTuple):
       key: Data of a PRNG key, uint32; give each of several seeds its own.
       factors: The averaged factors of all layers.
       inverses: Their inverses, or their eigenvectors and eigenvalues.
-      in_basis: Batches since the inverses or eigenvectors were made, int32.
       fallback: State of the transform for parameters in no layer.
       metrics: Counters.
     """
@@ -97,7 +97,6 @@ class ScaleByKFACState(NamedTuple):
     key: jax.Array
     factors: KFACFactors
     inverses: KFACInverses
-    in_basis: jax.Array
     fallback: optax.OptState
     metrics: KFACMetrics
 
@@ -132,13 +131,15 @@ def scale_by_kfac(
     * ``"sampled"``: one random combination :math:`S \epsilon` of the columns of a square root of
       the outputs' Hessian, passed back: a sampled Fisher matrix if the loss is the negative
       logarithm of a likelihood. One more pass back; any number of outputs.
-    * ``"exact"``: all these columns, a pass back for each output: for few of them.
+    * ``"exact"``: all these columns, a pass back for each output: for few of them. Diagonals of
+      parameters in no layer are sampled all the same.
     * ``"empirical"``: those of the loss itself, which the caller's gradient has made already. Costs
       nothing, knows no loss and takes any objective that is a mean over cases; but it is not the
       curvature.
 
     Uses of a tied weight that see it as another matrix, such as the transposed one of a decoder,
-    have no part in its factors; `find_layers` counts them.
+    have no part in its factors, and steps can be too long for them. `find_layers` counts them as
+    tied, and ``strict`` refuses them.
 
     Args:
       layers: The layers of the model, from `find_layers`.
@@ -150,7 +151,8 @@ def scale_by_kfac(
       inverse: ``"cholesky"``: both factors damped and inverted. ``"eigen"``: their eigenvectors,
         with :math:`\lambda` exactly and as it is now; twice the products in a step.
         ``"corrected"``: likewise, with the gradients' second moments along the eigenvectors in
-        place of products of eigenvalues (EKFAC), averaged anew for each basis. Static.
+        place of products of eigenvalues (EKFAC); in a new basis their average starts from these
+        products. Static.
       update_every: Refresh the factors at every so many steps only. Static.
       inverse_every: Refresh the inverses at every so many steps only, a multiple of
         ``update_every``. Before that many steps both are also refreshed after 1, 2, 4, 8, ..., as
@@ -160,8 +162,11 @@ def scale_by_kfac(
         `secondorder.scale_by_kbfgs` for the others. For ``"cholesky"`` only. Static.
       fallback: For parameters in no layer, such as a normalization's scale and shift:
         ``"diagonal"`` divides their gradient by an estimate of the diagonal of the same curvature,
-        plus the damping; or a transform of it.
-      strict: Whether parameters in no layer are an error.
+        plus the damping; or a transform of it. The estimate averages squares of random gradients,
+        also if ``curvature`` is ``"exact"``, and is drawn toward its mean over the leaf as far as
+        it is noise: at first nearly all the way; see `secondorder.factors.shrink_to_mean`.
+      strict: Whether parameters in no layer are an error, and weights with uses that see them as
+        another matrix.
       seed: Of the random cotangents. Static.
 
     Returns:
@@ -217,7 +222,6 @@ def scale_by_kfac(
             key=jax.random.key_data(jax.random.key(seed)),
             factors=init_factors(settings, layers, layout, dtype),
             inverses=init_inverses(settings, layout, dtype),
-            in_basis=jnp.zeros((), jnp.int32),
             fallback=others.init(params),
             metrics=KFACMetrics(*(jnp.zeros((), jnp.int32) for _ in KFACMetrics._fields)),
         )
@@ -314,19 +318,19 @@ def _refresh(
 
     def due(old: KFACInverses) -> tuple[KFACInverses, jax.Array]:
         with jax.named_scope("kfac_inverses"):
-            return invert(settings, layout, factors, old, positions, damping)
+            return invert(settings, layout, factors, old, positions, sample.batch_size, damping)
 
     is_due = finite & _is_due(settings, state.count, settings.inverse_every)
     none = jnp.zeros((), jnp.int32)
     inverses, failed = jax.lax.cond(is_due, due, lambda old: (old, none), state.inverses)
-    in_basis = jnp.where(is_due, 0, state.in_basis)
     if settings.inverse == "corrected":
-        corrected = correct(settings, layout, inverses, sample, in_basis)
+        count = metrics.curvature_updates
+        corrected, kept = correct(settings, layout, factors, inverses, sample, count)
         inverses = jax.tree.map(lambda n, o: jnp.where(finite, n, o), corrected, inverses)
+        failed += jnp.where(finite, kept, 0)
     return state._replace(
         factors=factors,
         inverses=inverses,
-        in_basis=in_basis + finite,
         metrics=metrics._replace(
             nonfinite_curvature=metrics.nonfinite_curvature + ~finite,
             curvature_updates=metrics.curvature_updates + finite,
@@ -352,7 +356,9 @@ def _direction(
         layers.layers, precondition(state.inverses, layout, matrices, damping), strict=True
     ):
         direction.update(layer.from_matrix(product))
-    for leaf, diagonal in zip(settings.diagonals, state.factors.diagonals, strict=True):
+    samples = kf.effective_samples(settings.moment_decay, state.metrics.curvature_updates)
+    for leaf, squares in zip(settings.diagonals, state.factors.diagonals, strict=True):
+        diagonal = kf.shrink_to_mean(squares, samples)
         direction[leaf] = replicate(leaves[leaf]).astype(diagonal.dtype) / (diagonal + damping)
     return direction
 

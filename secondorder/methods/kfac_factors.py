@@ -146,9 +146,14 @@ def invert(
     factors: KFACFactors,
     old: KFACInverses,
     positions: Sequence[float],
+    cases: int,
     damping: chex.Numeric,
 ) -> tuple[KFACInverses, jax.Array]:
     """New inverses, or eigenvectors with their eigenvalues.
+
+    A row of an embedding has a gradient only in a batch where a case uses it. Its entry of ``A`` is
+    therefore taken to be one over the number of cases at least: a row that was not seen when the
+    inverses were made would be divided by the damping alone.
 
     Args:
       settings: The hyperparameters.
@@ -156,11 +161,14 @@ def invert(
       factors: The factors.
       old: The present inverses, which stay where new ones are not finite.
       positions: For each layer its positions per case.
+      cases: Number of cases in a batch.
       damping: ``λ``, positive.
 
     Returns:
       The inverses, and how many blocks kept theirs.
     """
+    used = [jnp.maximum(a, 1 / cases) if a.ndim == 2 else a for a in factors.inputs]
+    factors = factors._replace(inputs=tuple(used))
     if settings.inverse == "cholesky":
         new = _damped_inverses(settings, layout, factors, positions, damping)
     else:
@@ -239,27 +247,49 @@ def _eigenvectors(settings: Settings, layout: Layout, factors: KFACFactors) -> K
 def correct(
     settings: Settings,
     layout: Layout,
+    factors: KFACFactors,
     inverses: KFACInverses,
     sample: Sample,
     count: jax.Array,
-) -> KFACInverses:
+) -> tuple[KFACInverses, jax.Array]:
     """Averages the second moments of the gradient in the present basis of eigenvectors.
+
+    In a new basis the products of eigenvalues stand for the batches before: an average that began
+    with this batch alone would know nothing of what it does not show, such as the rows of an
+    embedding that it does not use.
 
     Args:
       settings: The hyperparameters.
       layout: How the layers are arranged.
-      inverses: The eigenvectors, and the moments so far.
+      factors: The factors.
+      inverses: The eigenvectors, and the moments or products of eigenvalues so far.
       sample: What the batch says.
-      count: Batches in the moments of this basis.
+      count: Batches in the averages.
 
     Returns:
-      The same eigenvectors, with new moments.
+      The same eigenvectors, with new moments; and how many blocks kept theirs, as new ones were not
+      finite.
     """
     bases = zip(layout.split(inverses.inputs), layout.split(inverses.outputs), strict=True)
     moments = [rotated_moment(row, *basis) for row, basis in zip(sample.rows, bases, strict=True)]
     decay = kf.warm_decay(settings.moment_decay, count)
-    spectra = kf.ema(inverses.spectra, tuple(layout.join(moments)), decay)
-    return inverses._replace(spectra=spectra)
+    chosen, failed = [], jnp.zeros((), jnp.int32)
+    for index, moment in enumerate(layout.join(moments)):
+        old = inverses.spectra[index]
+        assert isinstance(old, jax.Array)
+        new = kf.ema(old, moment, decay)
+        if inverses.inputs[index].ndim == 2:
+            least = _variances(factors.outputs[index], inverses.outputs[index]) / sample.batch_size
+            new = jnp.maximum(new, least[:, None, :])
+        finite = _finite_blocks(new)
+        failed += jnp.sum(~finite, dtype=jnp.int32)
+        chosen.append(_where(finite, new, old))
+    return inverses._replace(spectra=tuple(chosen)), failed
+
+
+def _variances(moment: jax.Array, basis: jax.Array) -> jax.Array:
+    """The second moments along the columns of a basis."""
+    return jnp.sum(basis * matmul(moment, basis), axis=1)
 
 
 def precondition(

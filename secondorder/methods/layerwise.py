@@ -15,15 +15,15 @@ WeightDecayForm: TypeAlias = Literal["l2", "decoupled"]
 
 
 def check_layers(layers: Layers, strict: bool) -> None:
-    """Raises unless layers were found, and with ``strict`` unless they hold every parameter.
+    """Raises unless layers were found, and with ``strict`` unless they hold every parameter whole.
 
     Args:
       layers: The argument as the factory received it.
-      strict: Whether parameters in no layer are an error.
+      strict: Whether parameters in no layer, and uses that are no part of one, are errors.
 
     Raises:
       TypeError: If ``layers`` does not come from `find_layers`.
-      ValueError: If a parameter is in no layer.
+      ValueError: If a parameter is in no layer, or a use of a weight sees it as another matrix.
     """
     if not isinstance(layers, Layers):
         raise TypeError(
@@ -33,6 +33,17 @@ def check_layers(layers: Layers, strict: bool) -> None:
         raise ValueError(
             "strict=True, but these parameters are in no layer:\n  "
             + "\n  ".join(f"{layers.leaves[i].path}: {reason}" for i, reason in layers.unassigned)
+        )
+    tied = [
+        layers.leaves[layer.weight].path
+        for layer, usage in zip(layers.layers, layers.usages, strict=True)
+        if usage.tied
+    ]
+    if strict and tied:
+        raise ValueError(
+            "strict=True, but these weights are also used as another matrix, such as the "
+            f"transposed one, which has no part in their factors:\n  {', '.join(tied)}\nLeave "
+            "them to the fallback with so.find_layers(..., exclude=...), or do without strict."
         )
 
 

@@ -142,7 +142,8 @@ def scale_by_positive_curvature(
       max_iterations: Most iterations of conjugate gradients. Static.
       residual: A block ends at this residual relative to its gradient, at least 0.
       fallback: Transform of the gradients of parameters in no layer. Default: the gradient itself.
-      strict: Whether parameters in no layer are an error.
+      strict: Whether parameters in no layer are an error, and weights with uses that see them as
+        another matrix.
       spread_over: Names of the axes of the parameters' mesh over which approximate blocks, and the
         work on them, are spread; None for all axes, ``()`` for none. Static.
 

@@ -67,11 +67,14 @@ class ShampooMetrics(NamedTuple):
         be squared; they changed nothing.
       root_updates: Refreshes of the roots.
       failed_roots: Matrices that kept their root, as no new one was found.
+      retried_roots: Matrices whose root Newton's iteration found with a thousand times the damping
+        only.
     """
 
     nonfinite_steps: jax.Array
     root_updates: jax.Array
     failed_roots: jax.Array
+    retried_roots: jax.Array
 
 
 class ScaleByShampooState(NamedTuple):
@@ -225,8 +228,9 @@ def scale_by_shampoo(
             roots = functools.partial(_roots, blocks, statistics, eps, root_order, root_solver)
             began = state.count >= start
             is_due = began & ((state.count - start) % precondition_every == 0)
-            inverses, failed = jax.lax.cond(
-                is_due, roots, lambda old: (old, jnp.zeros((), jnp.int32)), state.roots
+            none = jnp.zeros((), jnp.int32)
+            inverses, failed, retried = jax.lax.cond(
+                is_due, roots, lambda old: (old, none, none), state.roots
             )
             # 3. The direction, and the length that another method would give it.
             averaged, average = mean.update(gradient, state.average)
@@ -248,6 +252,7 @@ def scale_by_shampoo(
                 metrics=state.metrics._replace(
                     root_updates=state.metrics.root_updates + is_due,
                     failed_roots=state.metrics.failed_roots + failed,
+                    retried_roots=state.metrics.retried_roots + retried,
                 ),
             )
             return cast_like(direction, params), cast_like(new, state)
@@ -284,20 +289,20 @@ def _roots(
     order: float | None,
     solver: kf.RootSolver,
     old: AxisMatrices,
-) -> tuple[AxisMatrices, jax.Array]:
-    """New roots of all moments, and how many of them had to be the old ones."""
+) -> tuple[AxisMatrices, jax.Array, jax.Array]:
+    """New roots of all moments, how many are the old ones, and how many took more damping."""
 
     def order_of(group: BlockGroup) -> float:
         return 2 * len(group.axes) if order is None else order
 
     def roots(
         order: float, matrices: jax.Array, previous: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         return kf.inverse_roots(matrices, previous, order, eps, solver)
 
     with jax.named_scope("shampoo_roots"):
-        new, failed = blocks.map_by_size(roots, statistics, old, kind=order_of)
-        return new, count_failed(failed)
+        new, failed, retried = blocks.map_by_size(roots, statistics, old, results=3, kind=order_of)
+        return new, count_failed(failed), count_failed(retried)
 
 
 def _direction(

@@ -70,11 +70,13 @@ def test_a_root_that_is_not_found_is_the_previous_one(name):
     matrices = np.float32(moments(3, 4))
     previous = jnp.tile(5 * jnp.eye(4), (3, 1, 1))
     find = jax.jit(lambda m: inverse_roots(m, previous, 4, EPS, name))
-    expected, failed = find(matrices)
+    expected, failed, retried = find(matrices)
     assert not failed.any()
+    assert not retried.any()
     matrices[1, 0, 0] = np.nan
-    roots, failed = find(matrices)
+    roots, failed, retried = find(matrices)
     assert failed.tolist() == [False, True, False]
+    assert not retried.any()
     np.testing.assert_array_equal(roots[1], previous[1])
     np.testing.assert_allclose(roots[::2], expected[::2], rtol=1e-6)
 
@@ -83,8 +85,9 @@ def test_newton_is_tried_again_with_more_damping():
     """A matrix that rounding has made indefinite."""
     matrix = jnp.diag(jnp.array([1.0, 0.5, -1e-4]))[None]
     assert not np.isfinite(newton_roots(matrix, 4, 1e-6)).all()
-    roots, failed = inverse_roots(matrix, jnp.eye(3)[None], 4, 1e-6, "newton")
+    roots, failed, retried = inverse_roots(matrix, jnp.eye(3)[None], 4, 1e-6, "newton")
     assert not failed.any()
+    assert retried.all()
     expected = oracle(np.asarray(matrix, np.float64), 4, 1e-3)
     np.testing.assert_allclose(roots, expected, rtol=1e-3, atol=1e-5)
 

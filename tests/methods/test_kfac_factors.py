@@ -1,10 +1,4 @@
-"""Kronecker factors against dense Gauss-Newton matrices, in double precision.
-
-`blocks` makes the dense block of each weight from Jacobians; `products` what the factors say.
-"""
-
-import functools
-import itertools
+"""Kronecker factors against dense Gauss-Newton matrices, in double precision."""
 
 import jax
 import jax.numpy as jnp
@@ -13,110 +7,25 @@ import optax
 import pytest
 
 import secondorder as so
-from secondorder import factors as kf
 from secondorder.layers.cases import keeps_classes_apart
-from secondorder.layers.rows import rotated_moment
-from secondorder.methods.kfac_statistics import LayerPass, Settings
+from secondorder.methods.kfac_statistics import LayerPass
+from tests.methods.kfac_oracle import (
+    assert_blocks,
+    blocks,
+    cross_entropy,
+    factors_of,
+    mlp,
+    normal,
+    products,
+    settings_of,
+    squared,
+    updated,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def normal(*shape, seed=0):
-    rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape), dtype=float)
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def squared(y):
-    return lambda z: jnp.sum((z - y) ** 2) / len(y)
-
-
-def cross_entropy(labels):
-    return lambda z: -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(z), axis=-1))
-
-
-def settings_of(**settings):
-    given = {"curvature": "exact", "weight_sharing": "expand", "diagonals": (), **settings}
-    return Settings(
-        damping=0.1,
-        inverse="cholesky",
-        update_every=1,
-        inverse_every=1,
-        moment_decay=0.5,
-        damping_split="trace",
-        **given,
-    )
-
-
-def sample_of(objective, params, seed=0, **settings):
-    """What a batch says of the layers, and these."""
-    layers = so.find_layers(objective, params)
-    layer_pass = LayerPass("kfac", settings_of(**settings), layers, objective, params)
-    return layer_pass.sample(layer_pass.look(), jax.random.key(seed)), layers
-
-
-def factors_of(objective, params, seed=0, **settings):
-    """The state's factors after one batch, for each layer ``(A, G)``; and the layers."""
-    layers = so.find_layers(objective, params)
-    given = {"curvature": "exact", "fallback": optax.identity(), **settings}
-    tx = so.scale_by_kfac(layers, **given)
-    return updated(tx, objective, params)[1].factors, layers
-
-
-def updated(tx, objective, params):
-    """The update and the state after one step."""
-
-    @jax.jit
-    def update(params, state):
-        return tx.update(jax.grad(objective)(params), state, params, value_fn=objective)
-
-    return update(params, tx.init(params))
-
-
-def products(factors):
-    """For each group of one layer the matrix ``A (x) G``."""
-    return [np.kron(a[0], g[0]) for a, g in zip(factors.inputs, factors.outputs, strict=True)]
-
-
-def blocks(objective, params, layers):
-    """For each layer the dense block of the Gauss-Newton matrix of its matrix, row by row."""
-    jacobian = jax.jit(jax.jacobian(objective.model))(params)
-    outputs = objective.model(params)
-    size = outputs.size
-    hessian = np.reshape(jax.hessian(objective.loss)(outputs), (size, size))
-    rows = [leaf.reshape(size, *leaf.shape[outputs.ndim :]) for leaf in jax.tree.leaves(jacobian)]
-    result = []
-    for layer in layers.layers:
-        to_matrix = jax.vmap(lambda *leaves, layer=layer: layer.to_matrix(leaves))
-        matrix = np.reshape(to_matrix(*rows), (size, -1))
-        result.append(matrix.T @ hessian @ matrix)
-    return result
-
-
-def assert_blocks(objective, params, rtol=1e-9, **settings):
-    factors, layers = factors_of(objective, params, **settings)
-    for found, expected in zip(products(factors), blocks(objective, params, layers), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
-
-
 # Where the factors are the Gauss-Newton blocks exactly.
-
-
-def mlp(activation, sizes=(3, 4, 2)):
-    pairs = list(itertools.pairwise(sizes))
-    params = [
-        {"w": normal(*pair, seed=i), "b": normal(pair[1], seed=i)} for i, pair in enumerate(pairs)
-    ]
-
-    def model(params, x):
-        for layer in params[:-1]:
-            x = activation(x @ layer["w"] + layer["b"])
-        return x @ params[-1]["w"] + params[-1]["b"]
-
-    return model, params
 
 
 @pytest.mark.parametrize("loss", ["squares", "cross entropy"])
@@ -163,9 +72,14 @@ def test_reduce_where_outputs_are_means_over_positions():
 
 def convolution(dimensions, pooled, **options):
     """A convolution with whatever options, summed over pixels or not."""
-    numbers = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}[dimensions]
-    x = normal(3, *[5] * dimensions, 2)
-    params = {"k": normal(*[3] * dimensions, 2, 4)}
+    numbers = {
+        1: ("NWC", "WIO", "NWC"),
+        2: ("NHWC", "HWIO", "NHWC"),
+        3: ("NDHWC", "DHWIO", "NDHWC"),
+    }[dimensions]
+    width, kernel = (5, 3) if dimensions < 3 else (4, 2)
+    x = normal(3, *[width] * dimensions, 2)
+    params = {"k": normal(*[kernel] * dimensions, 2, 4)}
 
     def model(params):
         z = jax.lax.conv_general_dilated(x, params["k"], dimension_numbers=numbers, **options)
@@ -179,6 +93,7 @@ OPTIONS = {
     "valid": (2, {"window_strides": (1, 1), "padding": "VALID"}),
     "strides": (2, {"window_strides": (2, 2), "padding": "SAME"}),
     "dilation": (1, {"window_strides": (1,), "padding": [(2, 1)], "rhs_dilation": (2,)}),
+    "volume": (3, {"window_strides": (1, 2, 1), "padding": "VALID", "rhs_dilation": (2, 1, 2)}),
 }
 
 
@@ -191,17 +106,25 @@ def test_convolutions(name, sharing):
     assert_blocks(objective, params, weight_sharing=sharing)
 
 
-def test_groups_of_a_convolution_are_blocks():
-    x = normal(1, 1, 4)
+@pytest.mark.parametrize(
+    ("x", "kernel", "numbers"),
+    [((1, 1, 4), (3, 2, 6), ("NWC", "WIO", "NWC")), ((3, 3, 4, 4), (3, 2, 2, 6), None)],
+    ids=["one position", "positions of two dimensions"],
+)
+def test_groups_of_a_convolution_are_blocks(x, kernel, numbers):
+    x, numbers = normal(*x), numbers or ("NHWC", "HWIO", "NHWC")
 
     def model(params):
+        strides = (1,) * (x.ndim - 2)
         return jax.lax.conv_general_dilated(
-            x, params, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+            x, params, strides, "SAME", dimension_numbers=numbers, feature_group_count=2
         )
 
-    objective, params = so.Objective(model, squared(jnp.zeros((1, 1, 6)))), normal(3, 2, 6)
+    y = jnp.zeros((*x.shape[:-1], 6))
+    objective, params = so.Objective(model, squared(y)), normal(*kernel)
     factors, layers = factors_of(objective, params)
-    assert factors.inputs[0].shape == (2, 6, 6)
+    width = np.prod(kernel[:-1])
+    assert factors.inputs[0].shape == (2, width, width)
     dense = blocks(objective, params, layers)[0]
     size = len(dense) // 2
     for k in range(2):
@@ -230,6 +153,95 @@ def test_layers_of_a_scan_are_a_stack():
     for k in range(4):
         found = np.kron(factors.inputs[0][k], factors.outputs[0][k])
         np.testing.assert_allclose(found, dense[k, :, k], rtol=1e-9, atol=1e-12)
+
+
+def test_layers_of_a_scan_at_several_positions():
+    x, y = normal(4, 3, 2), normal(4, 3, 2)
+
+    def model(params):
+        return jax.lax.scan(lambda h, w: (h @ w, None), x, params)[0]
+
+    objective = so.Objective(model, squared(y))
+    factors, layers = factors_of(objective, normal(3, 2, 2))
+    dense = blocks(objective, normal(3, 2, 2), layers)[0].reshape(3, 4, 3, 4)
+    for k in range(3):
+        found = np.kron(factors.inputs[0][k], factors.outputs[0][k])
+        np.testing.assert_allclose(found, dense[k, :, k], rtol=1e-9, atol=1e-10)
+
+
+def test_a_weight_of_all_steps_of_a_scan():
+    x, y = normal(4, 5, 3), normal(4, 5, 2)
+
+    def model(params):
+        _, outputs = jax.lax.scan(
+            lambda c, token: (c, token @ params["w"] + params["b"]), 0.0, jnp.moveaxis(x, 1, 0)
+        )
+        return jnp.moveaxis(outputs, 0, 1)
+
+    assert_blocks(so.Objective(model, squared(y)), {"w": normal(3, 2), "b": normal(2)})
+
+
+def test_one_case_with_a_normalization_between_layers():
+    x, y = normal(1, 3), normal(1, 2)
+    params = {"w": normal(3, 4), "b": normal(4), "v": normal(4, 2), "scale": normal(4)}
+
+    def model(p):
+        h = jnp.tanh(x @ p["w"] + p["b"])
+        h = h - jnp.mean(h, axis=-1, keepdims=True)
+        h = h / jnp.sqrt(1e-3 + jnp.mean(h**2, axis=-1, keepdims=True))
+        return (h * p["scale"]) @ p["v"]
+
+    assert_blocks(so.Objective(model, squared(y)), params)
+
+
+def test_heads_of_attention():
+    """Of the queries, at one position of one case; and of the outputs, at any number."""
+    params = {"q": normal(4, 2, 3), "o": normal(2, 4, 5)}
+
+    def objective_on(cases, queries):
+        tokens = normal(cases, 6, 4)
+
+        def model(p):
+            q = jnp.einsum("ntd,dhe->nthe", tokens[:, :queries], p["q"])
+            k = jnp.einsum("nsd,dhe->nshe", tokens, normal(4, 2, 3, seed=1))
+            weights = jax.nn.softmax(jnp.einsum("nthe,nshe->nhts", q, k))
+            mixed = jnp.einsum("nhts,nsd->nthd", weights, tokens)
+            return jnp.einsum("nthd,hdo->nto", mixed, p["o"])
+
+        return so.Objective(model, squared(normal(cases, queries, 5)))
+
+    for cases, queries, exact in ((1, 1, "qo"), (2, 3, "o")):
+        objective = objective_on(cases, queries)
+        factors, layers = factors_of(objective, params)
+        found, dense = products(factors), blocks(objective, params, layers)
+        paths = [layers.leaves[layer.weight].path for layer in layers.layers]
+        for name in exact:
+            index = paths.index(name)
+            expected = dense[index]
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(found[index], expected, rtol=1e-9, atol=1e-9 * scale)
+
+
+def test_a_weight_that_is_used_twice():
+    """Linear, so that a case's gradient is the mean input's product with the sum of cotangents."""
+    x, z, y = normal(4, 3), normal(4, 3, seed=1), normal(4, 2)
+    objective = so.Objective(lambda w: x @ w + z @ w, squared(y))
+    assert_blocks(objective, normal(3, 2), weight_sharing="reduce")
+
+
+def test_a_table_that_is_also_the_softmax_has_the_factors_of_its_lookup():
+    tokens, y = jnp.array([3]), jnp.array([[0.0, 1.0, 0.0, 0.0]])
+
+    def model(p):
+        return jnp.tanh(p["in"][tokens]) @ p.get("out", p["in"]).T
+
+    objective, table = so.Objective(model, cross_entropy(y)), normal(4, 3)
+    factors, layers = factors_of(objective, {"in": table})
+    assert layers.usages[0].tied == 1
+    apart = {"in": table, "out": table}
+    dense = blocks(objective, apart, so.find_layers(objective, apart))[0]
+    found = np.kron(np.diag(factors.inputs[0][0]), factors.outputs[0][0])
+    np.testing.assert_allclose(found, dense, rtol=1e-9, atol=1e-12)
 
 
 def test_the_empirical_factors_of_one_case_are_its_gradient():
@@ -308,6 +320,28 @@ def test_diagonals_of_other_parameters(curvature):
     np.testing.assert_allclose(mean, expected, rtol=0.15)
 
 
+@pytest.mark.parametrize("curvature", ["sampled", "exact"])
+def test_diagonals_of_one_sample_are_near_the_curvature(curvature):
+    """Of a normalization inside of a network: no entry is a small part of what it should be."""
+    x, y = normal(64, 4), normal(64, 3)
+    params = {
+        "w": normal(4, 64), "scale": 1 + normal(64) / 8, "shift": normal(64), "v": normal(64, 3)
+    }  # fmt: skip
+
+    def model(p):
+        h = jnp.tanh(x @ p["w"])
+        return ((h - jnp.mean(h, 1, keepdims=True)) * p["scale"] + p["shift"]) @ p["v"]
+
+    objective = so.Objective(model, squared(y))
+    tx = so.scale_by_kfac(so.find_layers(objective, params), damping=1e-6, curvature=curvature)
+    updates, _ = updated(tx, objective, params)
+    gradient, jacobian = jax.grad(objective)(params), jax.jacobian(model)(params)
+    for name in ("scale", "shift"):
+        diagonal = 2 / 64 * np.sum(np.asarray(jacobian[name]) ** 2, axis=(0, 1))
+        ratio = (gradient[name] / updates[name] - 1e-6) / diagonal
+        assert ratio.min() > 0.1  # of the squares alone about 1e-3
+
+
 def test_halves_of_a_batch_add():
     model, params = mlp(jnp.tanh)
     x, y = normal(8, 3), normal(8, 2)
@@ -320,99 +354,6 @@ def test_halves_of_a_batch_add():
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(mean), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
-
-
-# Inverses.
-
-
-@functools.cache
-def network():
-    model, params = mlp(jnp.tanh)
-    x, y = normal(8, 3), jax.nn.softmax(normal(8, 2))
-    return so.Objective(lambda p: model(p, x), cross_entropy(y)), params
-
-
-def direction_of(**settings):
-    objective, params = network()
-    layers = so.find_layers(objective, params)
-    tx = so.scale_by_kfac(layers, damping=0.1, curvature="exact", **settings)
-    gradient = jax.grad(objective)(params)
-    updates, state = updated(tx, objective, params)
-    return [
-        (
-            np.ravel(layer.to_matrix(jax.tree.leaves(updates))),
-            np.ravel(layer.to_matrix(jax.tree.leaves(gradient))),
-            a[0],
-            g[0],
-        )
-        for layer, a, g in zip(
-            layers.layers, state.factors.inputs, state.factors.outputs, strict=True
-        )
-    ], state
-
-
-def test_eigenvectors_solve_the_damped_system():
-    for found, gradient, a, g in direction_of(inverse="eigen")[0]:
-        dense = np.kron(a, g) + 0.1 * np.eye(len(gradient))
-        np.testing.assert_allclose(found, np.linalg.solve(dense, gradient), rtol=1e-7)
-
-
-@pytest.mark.parametrize("split", ["trace", "plain"])
-def test_inverses_of_damped_factors(split):
-    for found, gradient, a, g in direction_of(damping_split=split)[0]:
-        balance = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / len(g))) if split == "trace" else 1
-        first = a + np.sqrt(0.1) * balance * np.eye(len(a))
-        second = g + np.sqrt(0.1) / balance * np.eye(len(g))
-        dense = np.kron(first, second)
-        np.testing.assert_allclose(found, np.linalg.solve(dense, gradient), rtol=1e-7)
-
-
-def test_corrected_eigenvalues_are_nearer_to_the_curvature():
-    _, state = direction_of(inverse="corrected")
-    objective, params = network()
-    layers = so.find_layers(objective, params)
-    inverses = state.inverses
-    for index, expected in enumerate(blocks(objective, params, layers)):
-        basis = np.kron(inverses.inputs[index][0], inverses.outputs[index][0])
-        corrected = basis @ np.diag(np.ravel(inverses.spectra[index][0])) @ basis.T
-        plain = products(state.factors)[index]
-        distances = [np.linalg.norm(m - expected) for m in (corrected, plain)]
-        assert distances[0] < 0.999 * distances[1]
-        diagonal = np.diag(basis.T @ expected @ basis)
-        np.testing.assert_allclose(
-            np.ravel(inverses.spectra[index][0]), diagonal, rtol=1e-8, atol=1e-14
-        )
-
-
-def test_rotated_moments_of_an_embedding():
-    tokens = jnp.array([[0, 2, 2], [1, 2, 0]])
-    objective = so.Objective(lambda p: p[tokens], squared(jnp.zeros((2, 3, 4))))
-    sample, _ = sample_of(objective, normal(5, 4), curvature="sampled")
-    (row,) = sample.rows
-    basis = jnp.linalg.qr(normal(4, 4))[0][None]
-    found = rotated_moment(row, jnp.ones((1, 5)), basis)[0]
-    one_hot = jax.nn.one_hot(row.inputs[0], 5)
-    expected = np.einsum("ri,ro->io", one_hot, (row.cotangents[0, 0] @ basis[0]) ** 2)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-
-
-def test_inverses_of_different_sizes():
-    matrices = [normal(2, n, 2 * n, seed=n) for n in (9, 10, 4)]
-    matrices = [m @ jnp.swapaxes(m, 1, 2) for m in matrices]
-    dampings = [jnp.array([0.1, 2.0])] * 3
-    for matrix, damping, found in zip(
-        matrices, dampings, kf.stacked_inverses(matrices, dampings), strict=True
-    ):
-        shift = damping[:, None, None] * np.eye(matrix.shape[-1])
-        np.testing.assert_allclose(found, np.linalg.inv(matrix + shift), rtol=1e-7, atol=1e-9)
-
-
-def test_averages_have_weights_that_sum_to_one():
-    average = 0.0
-    for count, value in enumerate((1.0, 2.0, 4.0)):
-        decay = float(kf.warm_decay(0.5, jnp.int32(count)))
-        average = decay * average + (1 - decay) * value
-    assert average == pytest.approx((4 + 2 / 2 + 1 / 4) / (1 + 1 / 2 + 1 / 4))
 
 
 @pytest.mark.parametrize(

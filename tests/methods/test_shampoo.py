@@ -11,6 +11,7 @@ import pytest
 import secondorder as so
 from tests.meshes import make_mesh, place, use_mesh
 from tests.methods import blockwise_oracle
+from tests.methods.comparisons import count_primitives
 
 STEPS = 5
 SHAPES = {"scalar": (), "vector": (4,), "matrix": (3, 4), "tensor": (2, 3, 4)}
@@ -237,6 +238,22 @@ def test_roots_that_are_not_found_stay_and_are_counted():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, new.roots)))
 
 
+def test_roots_that_take_more_damping_are_counted():
+    """Of a moment that rounding has made indefinite."""
+    gradient = jnp.ones((3, 3))
+    tx = so.scale_by_shampoo(
+        root_solver="newton",
+        precondition_every=1,
+        moment_decay=None,
+        start_preconditioning_step=0,
+    )
+    state = tx.init(gradient)
+    moment = jnp.diag(jnp.array([1.0, 0.5, -1e-4]))[None]
+    state = state._replace(statistics=((moment, 1e6 * jnp.eye(3)[None]),))
+    _, new = jax.jit(tx.update)(1e-6 * gradient, state, gradient)
+    assert (new.metrics.failed_roots, new.metrics.retried_roots) == (0, 1)
+
+
 @pytest.mark.parametrize("method", [so.scale_by_shampoo, so.scale_by_soap])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25])
 def test_gradients_that_are_not_finite_change_a_counter(method, bad):
@@ -261,18 +278,6 @@ def test_a_parameter_without_gradient_stays():
 # What it compiles to.
 
 
-def count(jaxpr, names):
-    """How often primitives are in a jaxpr, with all that is inside of others."""
-    found = 0
-    for equation in jaxpr.eqns:
-        found += equation.primitive.name in names
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda node: hasattr(node, "jaxpr")
-        ):
-            found += count(inner.jaxpr, names) if hasattr(inner, "jaxpr") else 0
-    return found
-
-
 @pytest.mark.parametrize(
     ("tx", "names"),
     [
@@ -286,7 +291,7 @@ def test_equal_layers_are_not_compiled_one_by_one(tx, names):
     for layers in (1, 2, 12):
         params = {i: {"w": jnp.ones((4, 6)), "b": jnp.ones(6)} for i in range(layers)}
         traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
-        counts.append(count(traced.jaxpr, names))
+        counts.append(count_primitives(traced.jaxpr, names))
     assert counts[0] == counts[1] == counts[2] > 0
 
 

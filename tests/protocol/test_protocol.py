@@ -353,6 +353,20 @@ def test_apply_if_finite(reference):
     assert_identical(new.inner_state, state.inner_state)
 
 
+def test_a_batch_that_is_not_finite_spoils_nothing(reference):
+    """Without `apply_if_finite`, and behind whatever momentum the method has."""
+    x, y = batch_of(0)
+    params, state, updates = reference.step(reference.params, reference.state, (x * np.nan, y))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, params)))
+    for old, new in zip(jax.tree.leaves(reference.state), jax.tree.leaves(state), strict=True):
+        assert (np.isfinite(new) | ~np.isfinite(old)).all()
+    counted = [v for name, v in so.metrics(state).items() if name.endswith("/nonfinite_steps")]
+    assert 1 in counted
+    moved, _, updates = reference.step(params, state, batch_of(1))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
+
+
 def test_multi_steps(reference):
     multi = optax.MultiSteps(reference.tx, every_k_schedule=2)
     idle = reference.entry.idle
