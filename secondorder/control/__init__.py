@@ -1,6 +1,13 @@
 """Rules that steer a method by what its steps achieve."""
 
-from secondorder.control.damping import DampingRule, NielsenState, next_damping, nielsen_damping
+from secondorder.control.damping import (
+    DampingRule,
+    NielsenState,
+    damping_bound,
+    next_damping,
+    nielsen_damping,
+    raised_damping,
+)
 from secondorder.control.line_search import (
     SearchResult,
     StoredResult,
@@ -19,11 +26,13 @@ __all__ = [
     "StoredResult",
     "backtrack",
     "best_stored",
+    "damping_bound",
     "follow_slope",
     "minimize_on_plane",
     "next_damping",
     "next_radius",
     "nielsen_damping",
     "optimal_rate",
+    "raised_damping",
     "reduction_ratio",
 ]

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from secondorder.checks import check_range
 
+_BACK_OFF = 4.0
+
 
 @dataclasses.dataclass(frozen=True)
 class DampingRule:
@@ -89,6 +91,46 @@ def next_damping(rule: DampingRule, damping: jax.Array, ratio: jax.Array) -> jax
     kept_or_raised = jnp.where(ratio >= rule.raise_below, damping, rule.raise_by * damping)
     changed = jnp.where(ratio > rule.lower_above, rule.lower_by * damping, kept_or_raised)
     return jnp.clip(changed, rule.smallest, rule.largest).astype(damping.dtype)
+
+
+def raised_damping(rule: DampingRule, damping: jax.Array) -> jax.Array:
+    """The damping after a step that cannot be taken, as the objective behind it is not finite.
+
+    There is no ratio to follow, and nothing is gained until a step is taken. So the factor is at
+    least four, however slowly the rule follows its ratios: a damping that is too small by six
+    orders of magnitude takes ten steps.
+
+    Args:
+      rule: The rule, with the upper bound.
+      damping: The damping of the step, positive.
+
+    Returns:
+      The next damping, in the shape and dtype of ``damping``.
+
+    Example:
+      >>> float(raised_damping(DampingRule(), jnp.float32(6.0)))
+      24.0
+    """
+    raised = jnp.maximum(rule.raise_by, _BACK_OFF) * damping
+    return jnp.clip(raised, rule.smallest, rule.largest).astype(damping.dtype)
+
+
+def damping_bound(rule: DampingRule, damping: jax.Array) -> jax.Array:
+    """Which bound of its rule a damping is at.
+
+    Args:
+      rule: The rule.
+      damping: The damping.
+
+    Returns:
+      -1 at the lower bound, 1 at the upper, 0 between, int32.
+
+    Example:
+      >>> [int(damping_bound(DampingRule(), jnp.float32(d))) for d in (1e-10, 1.0, 1e10)]
+      [-1, 0, 1]
+    """
+    lower, upper = (jnp.asarray(b).astype(damping.dtype) for b in (rule.smallest, rule.largest))
+    return (damping >= upper).astype(jnp.int32) - (damping <= lower).astype(jnp.int32)
 
 
 def nielsen_damping(

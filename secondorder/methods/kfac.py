@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import factors as kf
-from secondorder.checks import check_choice, check_range, check_static_count, is_zero
+from secondorder.checks import check_choice, check_range, check_static_count, is_number, is_zero
 from secondorder.control import DampingRule
 from secondorder.layers.groups import Layout, arrange_layers
 from secondorder.layers.layer import Layers, check_leaves
@@ -59,6 +59,7 @@ from secondorder.sharding import replicate
 _NAME = "scale_by_kfac"
 _NO_CURVATURE: dict[str, Any] = {"factors": (), "inverses": ()}
 _ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
+_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY = 0.9, 5, 1  # what stands for settings that are not given
 Fallback: TypeAlias = optax.GradientTransformation | Literal["diagonal"]
 
 
@@ -394,13 +395,14 @@ def kfac(
     learning_rate: optax.ScalarOrSchedule | None,
     layers: Layers,
     *,
-    momentum: chex.Numeric = 0.9,
+    momentum: chex.Numeric = _MOMENTUM,
     weight_decay: chex.Numeric = 0.0,
     weight_decay_form: WeightDecayForm = "l2",
     max_divergence: chex.Numeric | None = None,
+    max_norm: chex.Numeric | None = None,
     damping_rule: DampingRule | None = None,
-    adapt_every: int = 5,
-    plane_every: int = 1,
+    adapt_every: int = _ADAPT_EVERY,
+    plane_every: int = _PLANE_EVERY,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""K-FAC, at a learning rate, or with steps and damping from a quadratic model.
@@ -417,7 +419,8 @@ def kfac(
     Args:
       learning_rate: Step size :math:`\eta`, or a schedule of it; or None. Static if it is None.
       layers: The layers of the model, from `find_layers`.
-      momentum: :math:`\mu` in [0, 1); with a learning rate.
+      momentum: :math:`\mu` in [0, 1). Without a learning rate the share of the last step is
+        chosen, and 0, which must be static then, leaves it out.
       weight_decay: Coefficient :math:`\tau \ge 0` of the decay, on all parameters.
       weight_decay_form: ``"l2"`` adds :math:`\tau\theta` to the gradient before it is
         preconditioned, and without a learning rate :math:`\tau` to the curvature;
@@ -425,6 +428,7 @@ def kfac(
       max_divergence: With a learning rate, shortens directions with
         :math:`\tfrac12 \eta^2 g^\top P` above it; without, steps whose exact
         :math:`\tfrac12 \delta^\top G \delta` is. None for no limit.
+      max_norm: Without a learning rate: longest step. None for any.
       damping_rule: Without a learning rate: how the damping follows the ratio of actual to
         predicted reduction.
       adapt_every: Without a learning rate: judge a step every so many. Static.
@@ -436,7 +440,7 @@ def kfac(
       The optimizer. Its ``update`` needs ``params`` and ``value_fn``, an `Objective`.
 
     Raises:
-      ValueError: For hyperparameters out of range.
+      ValueError: For hyperparameters out of range, or without effect on the chosen form.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -468,6 +472,11 @@ def kfac(
                 "kfac: without a learning rate weight decay is part of the objective that is "
                 f"modeled; weight_decay_form={weight_decay_form!r} needs a learning rate."
             )
+        if is_number(momentum) and momentum not in (0, _MOMENTUM):
+            raise ValueError(
+                "kfac: without a learning rate the quadratic model chooses the share of the last "
+                f"step; give momentum=0 to leave it out, or nothing, but not momentum={momentum}."
+            )
         return scale_by_quadratic_model(
             direction,
             damping=settings.get("damping", _ADAPTIVE_DAMPING),
@@ -475,8 +484,22 @@ def kfac(
             adapt_every=adapt_every,
             plane_every=plane_every,
             weight_decay=weight_decay,
+            momentum=not is_zero(momentum),
+            max_norm=max_norm,
             max_divergence=max_divergence,
         )
+    without_effect = {
+        "max_norm": max_norm is not None,
+        "damping_rule": damping_rule is not None,
+        "adapt_every": is_number(adapt_every) and adapt_every != _ADAPT_EVERY,
+        "plane_every": is_number(plane_every) and plane_every != _PLANE_EVERY,
+    }
+    for name, is_given in without_effect.items():
+        if is_given:
+            raise ValueError(
+                f"kfac: `{name}` is a setting of the quadratic model, which chooses the steps with "
+                "learning_rate=None; at a learning rate it has no effect."
+            )
     if max_divergence is not None:
         direction = limit_divergence(direction, learning_rate, max_divergence)
     steps = (optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))

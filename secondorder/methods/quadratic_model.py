@@ -10,7 +10,7 @@ References:
   arXiv 1503.05671, sections 6.4 to 7 ("the paper").
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -22,10 +22,12 @@ from secondorder import tree as vectors
 from secondorder.checks import check_flag, check_range, check_static_count, is_zero
 from secondorder.control import (
     DampingRule,
-    minimize_on_plane,
+    damping_bound,
     next_damping,
+    raised_damping,
     reduction_ratio,
 )
+from secondorder.methods.quadratic_model_step import Step, clip, combine, minimize, plane_of
 from secondorder.methods.terminal import (
     Point,
     curvature_objective,
@@ -48,18 +50,23 @@ class QuadraticModelMetrics(NamedTuple):
 
     Attributes:
       damping: Of the last model.
+      bound: Which bound of the rule that damping is at: -1 the lower, 1 the upper, 0 none, int32.
+        At the lower one from the start on, a smaller first damping may be better.
       ratio: Actual over predicted reduction of the last step that was judged.
       predicted: Change of the objective that the last model without damping promised.
       rate: Coefficient of the direction in the last step.
       momentum: Coefficient of the step before.
       step_norm: Length of the last step.
       clipped: Steps that were shortened since `init`, int32.
-      rejections: Steps since `init` that were not taken, as the objective behind them was not
+      rejections: Steps since `init` that were tried and not taken, as the objective behind them
+        was not finite, int32.
+      undone: Steps since `init` that were taken back, as two batches in a row behind them were not
         finite, int32.
       nonfinite_steps: Batches whose value, gradient, direction or curvature was not finite, int32.
     """
 
     damping: jax.Array
+    bound: jax.Array
     ratio: jax.Array
     predicted: jax.Array
     rate: jax.Array
@@ -67,6 +74,7 @@ class QuadraticModelMetrics(NamedTuple):
     step_norm: jax.Array
     clipped: jax.Array
     rejections: jax.Array
+    undone: jax.Array
     nonfinite_steps: jax.Array
 
 
@@ -74,10 +82,12 @@ class ScaleByQuadraticModelState(NamedTuple):
     """State of `scale_by_quadratic_model`.
 
     Attributes:
-      count: Steps taken, int32.
+      count: Steps so far, with those that were rejected, int32.
       damping: That of the next model, float32 or wider.
-      coefficients: Those of the direction and of the step before in the last step, ``(2,)``.
-      last_step: The last step, like the parameters; or None.
+      coefficients: Those of the direction and of the step before in the last step, ``(2,)``; zero
+        where no step is behind: at first, and if it was rejected or undone.
+      last_step: The last step, like the parameters, to look along and to be undone.
+      suspect: Whether the last batch was not finite; a second one undoes the last step.
       direction: State of the transform that gives the direction.
       metrics: What is reported.
     """
@@ -85,35 +95,10 @@ class ScaleByQuadraticModelState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
     damping: jax.Array
     coefficients: jax.Array
-    last_step: chex.ArrayTree | None
+    last_step: chex.ArrayTree
+    suspect: jax.Array
     direction: optax.OptState
     metrics: QuadraticModelMetrics
-
-
-class _Step(NamedTuple):
-    """A step on the plane, by numbers alone.
-
-    Attributes:
-      coefficients: Of the direction and the last step ``(2,)``.
-      slope: Its product with the gradient.
-      curvature: Its value of the Gauss-Newton matrix.
-      square: Its squared length.
-    """
-
-    coefficients: jax.Array
-    slope: jax.Array
-    curvature: jax.Array
-    square: jax.Array
-
-    def scaled(self, factor: jax.Array) -> "_Step":
-        """The step times a number."""
-        linear, quadratic = factor, factor**2
-        return _Step(
-            linear * self.coefficients,
-            linear * self.slope,
-            quadratic * self.curvature,
-            quadratic * self.square,
-        )
 
 
 def scale_by_quadratic_model(
@@ -143,6 +128,12 @@ def scale_by_quadratic_model(
     after it, and the damping :math:`\lambda` follows the ratio of the change to that which the
     model without damping promised.
 
+    A step behind which the objective is not finite is not taken, and the damping is raised by a
+    factor of four; the next step is tried as well, as the first one is. What leads to NaN untried
+    is undone: if two batches in a row behind a step are not finite, the update is minus that step,
+    and the damping is raised. A single one can be bad data, and changes a counter only, as do more
+    of them where nothing is left to be undone.
+
     The coefficients have signs, so that ``d`` may be a preconditioned gradient or a step. The
     result is the step itself: no learning rate follows. Whatever stands behind in a chain may
     change it, as the last step is just a direction to look along.
@@ -158,6 +149,9 @@ def scale_by_quadratic_model(
 
         so.scale_by_quadratic_model(so.scale_by_kfac(layers), damping=10.0)
 
+    What arrives is then the gradient, unless ``grad`` is given; else that is evaluated, if it is
+    not given.
+
     Args:
       direction: Transform that makes the direction from the gradient; default: what arrives.
       damping: :math:`\lambda > 0` of the first model, in the scale of the curvature: a loss times
@@ -165,10 +159,11 @@ def scale_by_quadratic_model(
       damping_rule: How the damping follows the ratio. Default: `DampingRule` with factors of
         :math:`(19/20)^T` for ``adapt_every`` :math:`T`, and its inverse, down to a hundredth of
         the first damping: along a line the model predicts well whatever the direction is, so that
-        a good ratio does not say that the direction could do with less.
+        a good ratio does not say that the direction could do with less. A first damping that is
+        too large by more than that is never left; the metric ``bound`` tells.
       adapt_every: Judge every so many steps. Static.
       weight_decay: :math:`\tau \ge 0`.
-      momentum: Whether the last step has a share. Static.
+      momentum: Whether the last step has a share; it is kept in any case. Static.
       plane_every: Minimize on the plane in every so many steps only, and on the line of the last
         step's proportions between, which takes one pass forward instead of two. Static.
       max_norm: Longest step; None for any.
@@ -178,8 +173,9 @@ def scale_by_quadratic_model(
 
     Returns:
       A transform whose ``update`` needs ``params`` and a ``value_fn`` that is an `Objective`;
-      ``curvature_fn``, an `Objective` on another batch, replaces it in the curvature. Batches that
-      are not finite give a zero update and change only a counter.
+      ``curvature_fn``, an `Objective` on another batch, replaces it in the curvature. A batch that
+      is not finite gives a zero update and changes only a counter; the second in a row undoes the
+      last step.
 
     Raises:
       ValueError: For hyperparameters out of range.
@@ -216,7 +212,8 @@ def scale_by_quadratic_model(
             count=jnp.zeros((), jnp.int32),
             damping=jnp.full((), damping, dtype),
             coefficients=jnp.zeros((2,), dtype),
-            last_step=jax.tree.map(jnp.zeros_like, params) if momentum else None,
+            last_step=jax.tree.map(jnp.zeros_like, params),
+            suspect=jnp.zeros((), bool),
             direction=inner.init(params),
             metrics=zero_metrics(QuadraticModelMetrics, dtype, _REALS),
         )
@@ -233,7 +230,8 @@ def scale_by_quadratic_model(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByQuadraticModelState]:
         # 1. Value and gradient of the objective, with weight decay.
-        point = look(_NAME, value_fn, params, value, grad, weight_decay)
+        known = updates if grad is None and direction is not None else grad
+        point = look(_NAME, value_fn, params, value, known, weight_decay)
         objective: Any = curvature_objective(_NAME, value_fn, curvature_fn)  # one that splits
         forms = gauss_newton_forms(objective, params)
 
@@ -256,36 +254,41 @@ def scale_by_quadratic_model(
 
         # 3. Its length and the share of the last step, from the model; then the clips.
         with jax.named_scope("quadratic_model"):
-            basis = (vector,) if state.last_step is None else (vector, state.last_step)
-            free = _minimize(forms, point.gradient, basis, state, weight_decay, plane_every)
-            step, clipped = _clip(free, max_norm, max_divergence)
+            plane = plane_of(vector, state.last_step if momentum else None)
+            is_due = None if plane_every == 1 else state.count % plane_every == 0
+            last = state.coefficients / plane.scales
+            shift = state.damping + weight_decay
+            free = minimize(forms, point.gradient, plane, shift, last, is_due)
+            step, clipped = clip(free, max_norm, max_divergence)
             predicted = step.slope + (step.curvature + weight_decay * step.square) / 2
-            taken = _combine(step.coefficients, basis, params)
+            proposal = combine(step.coefficients, plane, params)
 
         # 4. Every so often the ratio of actual to predicted reduction, and the damping.
-        usable &= all_finite((vector, step))
-        judged, ratio, accepted = _judge(
-            value_fn, point, taken, predicted, weight_decay, state, adapt_every
-        )
-        following = jnp.where(judged, next_damping(rule, state.damping, ratio), state.damping)
+        usable &= all_finite((plane.scales, step))
+        is_judged = (state.count + 1) % adapt_every == 0
+        trial = _try(value_fn, point, proposal, weight_decay, is_judged | ~_has_step(state))
+        accepted = jnp.isfinite(trial)
+        ratio = reduction_ratio(point.value, trial, -predicted, point.resolution)
+        ratio = jnp.where(is_judged | ~accepted, ratio, state.metrics.ratio)
+        steered = jnp.where(is_judged, next_damping(rule, state.damping, ratio), state.damping)
 
-        # 5. Nothing but a counter, if a number was not finite.
-        moves = usable & accepted
-        taken = jax.tree.map(lambda leaf: jnp.where(moves, leaf, jnp.zeros_like(leaf)), taken)
+        # 5. A step, none, or the last one back.
+        undoes = ~usable & state.suspect & _has_step(state)
+        taken = _choose(usable & accepted, proposal, undoes, state.last_step)
         new = ScaleByQuadraticModelState(
             count=optax.safe_increment(state.count),
-            damping=following,
-            coefficients=jnp.where(accepted, step.coefficients, 0),
-            last_step=taken if momentum else None,
+            damping=jnp.where(accepted, steered, raised_damping(rule, state.damping)),
+            coefficients=jnp.where(accepted, step.coefficients * plane.scales, 0),
+            last_step=taken,
+            suspect=jnp.zeros_like(state.suspect),
             direction=() if guards else direction_state,
-            metrics=_report(
-                state.metrics, step, ratio, predicted, clipped, ~accepted, state.damping
-            ),
+            metrics=_report(state, rule, step, plane.scales, ratio, predicted, clipped, accepted),
         )
+        stayed = _stay(state, undoes, rule)
         if not guards:
-            return taken, keep_unless(usable, new, state)
+            return taken, keep_unless(usable, new, stayed)
         # To select a state that can be many times larger than the parameters would copy all of it.
-        kept = keep_unless(usable, new, state._replace(direction=()))
+        kept = keep_unless(usable, new, stayed._replace(direction=()))
         return taken, kept._replace(direction=direction_state)
 
     return make_transform(_NAME, init, update)
@@ -300,111 +303,53 @@ def _rule(damping: chex.Numeric, adapt_every: int) -> DampingRule:
     )
 
 
-def _minimize(
-    forms: Callable[[Sequence[chex.ArrayTree]], jax.Array],
-    gradient: chex.ArrayTree,
-    basis: tuple[chex.ArrayTree, ...],
-    state: ScaleByQuadraticModelState,
-    weight_decay: chex.Numeric,
-    plane_every: int,
-) -> _Step:
-    """The minimizer of the damped model on the plane, or on the line of the last proportions."""
-    shift = state.damping + weight_decay
-    slopes = jnp.stack([vectors.inner(gradient, v) for v in basis])
-    gram = _symmetric([[vectors.inner(v, w) for w in basis[: i + 1]] for i, v in enumerate(basis)])
-    # Without a last step its row and column are zero, as they are before the first step.
-    missing = 2 - len(basis)
-    slopes, gram = jnp.pad(slopes, (0, missing)), jnp.pad(gram, (0, missing))
-
-    def on_plane(_: jax.Array) -> _Step:
-        curvature = jnp.pad(forms(basis), (0, missing))
-        found = minimize_on_plane(slopes, curvature + shift * gram)
-        return _Step(found, _dot(slopes, found), _form(curvature, found), _form(gram, found))
-
-    def on_line(last: jax.Array) -> _Step:
-        known = last[0] != 0
-        share = jnp.where(known, last[1] / jnp.where(known, last[0], 1), 0)
-        line = jnp.stack([jnp.ones_like(share), share])
-        curvature = forms([_combine(line, basis, basis[0])])[0, 0]
-        unit = _Step(line, _dot(slopes, line), curvature, _form(gram, line))
-        damped = unit.curvature + shift * unit.square
-        rate, _ = minimize_on_plane(jnp.pad(unit.slope[None], (0, 1)), _corner(damped))
-        return unit.scaled(rate)
-
-    if plane_every == 1 or missing:
-        return on_plane(state.coefficients)
-    is_due = state.count % plane_every == 0
-    return jax.lax.cond(is_due, on_plane, on_line, state.coefficients)
+def _has_step(state: ScaleByQuadraticModelState) -> jax.Array:
+    """Whether the parameters are where the last step led."""
+    return jnp.any(state.coefficients != 0)
 
 
-def _symmetric(triangle: list[list[jax.Array]]) -> jax.Array:
-    """A matrix from the rows of its lower triangle."""
-    size = range(len(triangle))
-    return jnp.stack([jnp.stack([triangle[max(i, j)][min(i, j)] for j in size]) for i in size])
-
-
-def _corner(entry: jax.Array) -> jax.Array:
-    """The matrix (2, 2) with one entry at its start, and zeros."""
-    return jnp.pad(entry[None, None], (0, 1))
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum(a * b)
-
-
-def _form(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """``v^T M v``; sums of products, which no accelerator rounds."""
-    return jnp.sum(matrix * vector[:, None] * vector[None, :])
-
-
-def _combine(
-    coefficients: jax.Array, basis: Sequence[chex.ArrayTree], like: chex.ArrayTree
-) -> chex.ArrayTree:
-    """A combination of the first vectors, typed and sharded like a pytree."""
-
-    def leaf(like: jax.Array, *leaves: jax.Array) -> jax.Array:
-        total = sum(c * v for c, v in zip(coefficients, leaves, strict=False))
-        return shard_like(jnp.asarray(total).astype(like.dtype), like)
-
-    return jax.tree.map(leaf, like, *basis)
-
-
-def _clip(
-    step: _Step, max_norm: chex.Numeric | None, max_divergence: chex.Numeric | None
-) -> tuple[_Step, jax.Array]:
-    """Shortens a step to the limits; whether it was."""
-    limits = []
-    if max_norm is not None:
-        limits.append((step.square, max_norm**2))
-    if max_divergence is not None:
-        limits.append((step.curvature, 2 * max_divergence))
-    factor = jnp.ones_like(step.slope)
-    for size, limit in limits:
-        factor = jnp.minimum(factor, jnp.sqrt(limit / jnp.maximum(size, limit)))
-    return step.scaled(factor), factor < 1
-
-
-def _judge(
+def _try(
     value_fn: Any,
     point: Point,
     step: chex.ArrayTree,
-    predicted: jax.Array,
     weight_decay: chex.Numeric,
-    state: ScaleByQuadraticModelState,
-    adapt_every: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether the step is judged; the ratio, or the last one; whether the step can be taken."""
+    is_tried: jax.Array,
+) -> jax.Array:
+    """The objective after a step that is tried, and else before it."""
 
-    def judge(_: jax.Array) -> tuple[jax.Array, jax.Array]:
-        trial = decayed_value(value_fn, optax.apply_updates(point.params, step), weight_decay)
-        ratio = reduction_ratio(point.value, trial, -predicted, point.resolution)
-        return ratio.astype(state.metrics.ratio.dtype), jnp.isfinite(trial)
+    def evaluate(_: jax.Array) -> jax.Array:
+        return decayed_value(value_fn, optax.apply_updates(point.params, step), weight_decay)
 
-    def skip(last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return last, jnp.isfinite(jnp.zeros_like(last))
+    return jax.lax.cond(is_tried, evaluate, lambda value: value, point.value)
 
-    is_due = (state.count + 1) % adapt_every == 0
-    return is_due, *jax.lax.cond(is_due, judge, skip, state.metrics.ratio)
+
+def _choose(
+    moves: jax.Array, step: chex.ArrayTree, undoes: jax.Array, last_step: chex.ArrayTree
+) -> chex.ArrayTree:
+    """The step, minus the last one, or zero."""
+
+    def leaf(new: jax.Array, last: jax.Array) -> jax.Array:
+        return jnp.where(moves, new, jnp.where(undoes, -last, jnp.zeros_like(last)))
+
+    return jax.tree.map(leaf, step, last_step)
+
+
+def _stay(
+    state: ScaleByQuadraticModelState, undoes: jax.Array, rule: DampingRule
+) -> ScaleByQuadraticModelState:
+    """The state after a batch that is not finite, which may undo the last step."""
+
+    def cleared(leaf: jax.Array) -> jax.Array:
+        return jnp.where(undoes, jnp.zeros_like(leaf), leaf)
+
+    metrics = state.metrics
+    return state._replace(
+        damping=jnp.where(undoes, raised_damping(rule, state.damping), state.damping),
+        coefficients=cleared(state.coefficients),
+        last_step=jax.tree.map(cleared, state.last_step),
+        suspect=jnp.ones_like(state.suspect),
+        metrics=metrics._replace(undone=metrics.undone + undoes),
+    )
 
 
 def _typed(
@@ -427,25 +372,27 @@ def _typed(
 
 
 def _report(
-    last: QuadraticModelMetrics,
-    step: _Step,
+    state: ScaleByQuadraticModelState,
+    rule: DampingRule,
+    step: Step,
+    scales: jax.Array,
     ratio: jax.Array,
     predicted: jax.Array,
     clipped: jax.Array,
-    rejected: jax.Array,
-    damping: jax.Array,
+    accepted: jax.Array,
 ) -> QuadraticModelMetrics:
     """The metrics after a step."""
-    return QuadraticModelMetrics(
-        damping=damping,
+    last, (rate, share) = state.metrics, step.coefficients * scales
+    return last._replace(
+        damping=state.damping,
+        bound=damping_bound(rule, state.damping),
         ratio=ratio,
         predicted=predicted,
-        rate=step.coefficients[0],
-        momentum=step.coefficients[1],
+        rate=rate,
+        momentum=share,
         step_norm=jnp.sqrt(jnp.maximum(step.square, 0)),
         clipped=last.clipped + clipped,
-        rejections=last.rejections + rejected,
-        nonfinite_steps=last.nonfinite_steps,
+        rejections=last.rejections + ~accepted,
     )
 
 

@@ -174,7 +174,7 @@ def gauss_newton(
 
 def gauss_newton_forms(
     objective: Objective[Any] | Microbatches[Any], params: chex.ArrayTree
-) -> Callable[[Sequence[chex.ArrayTree]], jax.Array]:
+) -> Callable[..., jax.Array]:
     r"""The values :math:`v_i^\top G v_j` of the Gauss-Newton matrix on a few vectors.
 
     .. math:: v_i^\top G v_j = (J v_i)^\top H (J v_j)
@@ -189,8 +189,9 @@ def gauss_newton_forms(
 
     Returns:
       A function from ``k`` vectors like the parameters to the symmetric matrix ``(k, k)``, float32
-      or wider. The model of an `Objective` is linearized before it is called, and of
-      `Microbatches` in every call, one piece at a time.
+      or wider. With scales ``(k,)`` as a second argument it is that of the vectors times these,
+      which multiply the images before anything is squared. The model of an `Objective` is
+      linearized before it is called, and of `Microbatches` in every call, one piece at a time.
 
     Raises:
       TypeError: If the objective is not split.
@@ -209,10 +210,10 @@ def gauss_newton_forms(
     if not isinstance(objective, Microbatches):
         return _forms_of_piece(objective, params, dtype)
 
-    def mean_forms(basis: Sequence[chex.ArrayTree]) -> jax.Array:
+    def mean_forms(basis: Sequence[chex.ArrayTree], scales: jax.Array | None = None) -> jax.Array:
         zeros = replicated_zeros((len(basis), len(basis)), dtype)
         result: jax.Array = objective.mean(
-            lambda piece, _: _forms_of_piece(piece, params, dtype)(basis), zeros
+            lambda piece, _: _forms_of_piece(piece, params, dtype)(basis, scales), zeros
         )
         return result
 
@@ -221,16 +222,23 @@ def gauss_newton_forms(
 
 def _forms_of_piece(
     objective: Objective[Any], params: chex.ArrayTree, dtype: Any
-) -> Callable[[Sequence[chex.ArrayTree]], jax.Array]:
+) -> Callable[..., jax.Array]:
     """The values on one batch, whose model is linearized at once."""
     at = linearize_model(objective, params)
     hessian = output_hessian(objective.loss, at.outputs)
 
-    def forms(basis: Sequence[chex.ArrayTree]) -> jax.Array:
+    def forms(basis: Sequence[chex.ArrayTree], scales: jax.Array | None = None) -> jax.Array:
         images = [at.forward(vector) for vector in basis]
+        if scales is not None:
+            images = [_scaled(image, scale) for image, scale in zip(images, scales, strict=True)]
         curved = [hessian(image) for image in images]
         rows = [[inner(a, b).astype(dtype) for b in curved] for a in images]
         matrix = jnp.stack([jnp.stack(row) for row in rows])
         return (matrix + matrix.T) / 2
 
     return forms
+
+
+def _scaled(tree: chex.ArrayTree, scale: jax.Array) -> chex.ArrayTree:
+    """A pytree times a number, in its own dtypes."""
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), tree)

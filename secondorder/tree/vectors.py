@@ -180,6 +180,31 @@ def inner(x: chex.ArrayTree, y: chex.ArrayTree) -> jax.Array:
     return jnp.sum(jnp.stack(jax.tree.leaves(products)))
 
 
+def unit_scale(vector: chex.ArrayTree) -> jax.Array:
+    r"""The power of two that brings the largest entry of a vector to :math:`[1/2, 1)`.
+
+    Squares of numbers below 1e-19 or above 1e19 leave the range of float32. Times this they do not,
+    and nothing is rounded.
+
+    Args:
+      vector: A pytree of arrays.
+
+    Returns:
+      A scalar, float32 or wider: 1 for a vector of zeros, NaN if an entry is not finite.
+
+    Example:
+      >>> [float(unit_scale(jnp.array([0.0, x]))) for x in (0.0, -3.0, 0.125, jnp.inf)]
+      [1.0, 0.25, 4.0, nan]
+    """
+    dtype = accumulation_dtype(vector)
+    leaves = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(vector)]
+    largest = jnp.max(jnp.stack(leaves))
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0))
+    # The scale itself, and what it multiplies, stay in range.
+    scale = jnp.ldexp(jnp.ones((), dtype), jnp.clip(-exponent, -120, 120))
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+
 def project(stack: chex.ArrayTree, columns: Sequence[chex.ArrayTree]) -> jax.Array:
     r"""The products :math:`V C` of all vectors of a stack with some others, in one pass over it.
 

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from secondorder.control import DampingRule, NielsenState, next_damping, nielsen_damping
+from secondorder.control import (
+    DampingRule,
+    NielsenState,
+    damping_bound,
+    next_damping,
+    nielsen_damping,
+    raised_damping,
+)
 
 # Bounds that are in reach.
 RULE = DampingRule(smallest=0.1, largest=10.0)
@@ -151,3 +158,25 @@ def test_nielsen_keeps_dtypes(x64, dtype):
         for array in nielsen_damping(state, other(ratio), largest=other(10.0)):
             assert array.dtype == dtype
             assert not array.weak_type
+
+
+# Where no ratio is known.
+
+
+@pytest.mark.parametrize(
+    ("rule", "damping", "expected"),
+    [
+        (RULE, 1.0, 4.0),
+        (RULE, 5.0, 10.0),
+        (DampingRule(raise_by=20 / 19), 1.0, 4.0),
+        (DampingRule(raise_by=8.0), 1.0, 8.0),
+    ],
+)
+def test_a_step_that_cannot_be_taken_raises_the_damping(rule, damping, expected):
+    np.testing.assert_allclose(raised_damping(rule, jnp.float32(damping)), expected, rtol=1e-6)
+
+
+def test_the_bound_that_a_damping_is_at():
+    """As the rule itself has clipped it, in float32."""
+    lowest, between, largest = (next_damping(RULE, jnp.float32(d), 0.5) for d in (0.01, 0.11, 99.0))
+    assert [int(damping_bound(RULE, d)) for d in (lowest, between, largest)] == [-1, 0, 1]

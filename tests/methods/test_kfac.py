@@ -277,6 +277,29 @@ def test_decoupled_decay_needs_a_learning_rate():
         so.kfac(None, LAYERS, weight_decay_form="decoupled")
 
 
+@pytest.mark.parametrize(
+    ("learning_rate", "setting"),
+    [
+        (None, {"momentum": 0.5}),
+        (0.1, {"max_norm": 1.0}),
+        (0.1, {"damping_rule": so.DampingRule()}),
+        (0.1, {"adapt_every": 1}),
+        (0.1, {"plane_every": 5}),
+    ],
+)
+def test_what_has_no_effect_raises(learning_rate, setting):
+    with pytest.raises(ValueError, match=f"kfac: .*{next(iter(setting))}"):
+        so.kfac(learning_rate, LAYERS, **setting)
+
+
+def test_the_quadratic_model_is_reached_through_the_alias():
+    _, state = losses(so.kfac(None, LAYERS, damping=0.1, momentum=0.0, max_norm=1e-3), steps=3)
+    metrics = so.metrics(state)
+    assert metrics["quadratic_model/momentum"] == 0
+    assert metrics["quadratic_model/clipped"] == 3
+    np.testing.assert_allclose(metrics["quadratic_model/step_norm"], 1e-3, rtol=1e-4)
+
+
 def test_plain_callables_are_for_the_empirical_matrix():
     params, objective = params_of(), objective_on()
     grads = jax.grad(objective)(params)

@@ -98,6 +98,21 @@ def test_the_length_of_the_direction_does_not_matter(x64):
     np.testing.assert_allclose(flat(short), flat(long), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-18, -1e18])
+@pytest.mark.parametrize("setting", [{}, {"plane_every": 3}, {"momentum": False}])
+def test_directions_whose_squares_leave_the_range(scale, setting):
+    """In float32; the third step is on the line of the last proportions, or on a plane."""
+    given = setting | {"damping": DAMPING}
+    one, other = (
+        take_steps(so.scale_by_quadratic_model(optax.scale(c), **given), 3) for c in (1.0, scale)
+    )
+    for (_, step, _, _), (_, scaled, state, _) in zip(one, other, strict=True):
+        np.testing.assert_allclose(flat(scaled), flat(step), rtol=1e-3, atol=1e-5)
+        assert int(state.metrics.nonfinite_steps) == 0
+    rate = other[-1][2].metrics.rate
+    np.testing.assert_allclose(rate * scale, one[-1][2].metrics.rate, rtol=1e-3)
+
+
 def test_between_planes_only_the_common_factor_is_chosen(x64):
     tx = so.scale_by_quadratic_model(damping=DAMPING, plane_every=3)
     history = take_steps(tx, 3)
@@ -114,7 +129,7 @@ def test_between_planes_only_the_common_factor_is_chosen(x64):
 def test_without_momentum_it_is_the_minimizer_along_the_direction(x64):
     tx = so.scale_by_quadratic_model(momentum=False, damping=DAMPING)
     params, step, state, objective = take_steps(tx, 2)[1]
-    assert state.last_step is None
+    assert state.coefficients[1] == 0
     gradient = flat(jax.grad(objective)(params))
     damped = dense_gauss_newton(objective, params) + DAMPING * np.eye(len(gradient))
     rate = gradient @ gradient / (gradient @ damped @ gradient)
@@ -136,7 +151,7 @@ def test_a_quadratic_objective_keeps_its_promise_and_lowers_the_damping():
 
 @pytest.mark.parametrize(
     ("actual", "factor"),
-    [(0.1, 20 / 19), (0.5, 1.0), (0.9, 19 / 20), (-1.0, 20 / 19), (np.nan, 20 / 19)],
+    [(0.1, 20 / 19), (0.5, 1.0), (0.9, 19 / 20), (-1.0, 20 / 19), (np.nan, 4.0)],
 )
 def test_the_damping_follows_the_ratio(actual, factor):
     """The step is from 1 to 2/3 and promises 2/9; NaN behind it takes no step."""
@@ -179,41 +194,75 @@ def test_the_direction_is_told_the_damping_and_sees_the_decay():
     np.testing.assert_allclose(flat(gradient), expected, rtol=1e-4, atol=1e-6)
 
 
-def directions(layers):
-    lrsfn = so.scale_by_low_rank_saddle_free_newton(2, damping=0.3)
-    return {
-        "gradient": so.scale_by_quadratic_model(),
-        "adam": optax.chain(optax.scale_by_adam(), so.scale_by_quadratic_model()),
-        "kbfgs": optax.chain(so.scale_by_kbfgs(layers), so.scale_by_quadratic_model()),
-        "kbfgs-told": so.scale_by_quadratic_model(so.scale_by_kbfgs(layers)),
-        "kfac": so.scale_by_quadratic_model(so.scale_by_kfac(layers), damping=0.1),
-        "lrsfn": so.scale_by_quadratic_model(lrsfn),
-        "bhf": so.scale_by_quadratic_model(so.block_hessian_free(max_iterations=3)),
-    }
+DIRECTIONS = {
+    "gradient": lambda layers: so.scale_by_quadratic_model(),
+    "adam": lambda layers: optax.chain(optax.scale_by_adam(), so.scale_by_quadratic_model()),
+    "kbfgs": lambda layers: optax.chain(so.scale_by_kbfgs(layers), so.scale_by_quadratic_model()),
+    "kbfgs-told": lambda layers: so.scale_by_quadratic_model(so.scale_by_kbfgs(layers)),
+    "kfac": lambda layers: optax.chain(
+        so.scale_by_kfac(layers, damping=0.1), so.scale_by_quadratic_model(damping=0.1)
+    ),
+    "kfac-told": lambda layers: so.scale_by_quadratic_model(so.scale_by_kfac(layers), damping=0.1),
+    "kfac-told-in-a-chain": lambda layers: so.scale_by_quadratic_model(
+        optax.chain(so.scale_by_kfac(layers), optax.scale(2.0)), damping=0.1
+    ),
+    "lrsfn": lambda layers: so.scale_by_quadratic_model(
+        so.scale_by_low_rank_saddle_free_newton(2, damping=0.3)
+    ),
+    "bhf": lambda layers: so.scale_by_quadratic_model(so.block_hessian_free(max_iterations=3)),
+    "shampoo": lambda layers: optax.chain(
+        so.scale_by_shampoo(precondition_every=2), so.scale_by_quadratic_model()
+    ),
+    "soap": lambda layers: optax.chain(
+        so.scale_by_soap(precondition_every=2), so.scale_by_quadratic_model()
+    ),
+    "soap-inside": lambda layers: so.scale_by_quadratic_model(so.scale_by_soap()),
+}
 
 
-@pytest.mark.parametrize(
-    "name", ["gradient", "adam", "kbfgs", "kbfgs-told", "kfac", "lrsfn", "bhf"]
-)
+@pytest.mark.parametrize("name", DIRECTIONS)
 def test_it_trains_behind_every_direction(name):
+    """Past a batch that is not finite, which those that guard their state see in a chain."""
     objective = objective_on(0)
-    tx = directions(so.find_layers(objective, params_of()))[name]
+    tx = DIRECTIONS[name](so.find_layers(objective, params_of()))
 
     @jax.jit
-    def step(params, state):
+    def step(params, state, unit):
         value, grads = jax.value_and_grad(objective)(params)
+        value, grads = value * unit, jax.tree.map(lambda g: g * unit, grads)
         updates, state = tx.update(
             grads, state, params, value=value, grad=grads, value_fn=objective
         )
         return optax.apply_updates(params, updates), state, value
 
+    guards = name != "adam"  # as a link it sees the batch first, and keeps its NaN
     params, state = params_of(), tx.init(params_of())
     values = []
-    for _ in range(12):
-        params, state, value = step(params, state)
-        values.append(float(value))
+    for k in range(13):
+        bad = guards and k == 4
+        before = params
+        params, state, value = step(params, state, jnp.nan if bad else 1.0)
+        if bad:
+            assert identical(params, before)
+        else:
+            values.append(float(value))
     # The loss is not bounded by zero; in twelve gradients of any length it falls as far as that.
     assert values[-1] < values[0] - 0.5
+
+
+def test_the_damping_is_handed_through_a_chain():
+    """To K-FAC, whose own has then no effect."""
+    objective, params = objective_on(0), params_of()
+    layers = so.find_layers(objective, params)
+
+    @jax.jit
+    def coefficients(own):
+        link = optax.chain(so.scale_by_kfac(layers, damping=own), optax.identity())
+        tx = so.scale_by_quadratic_model(link, damping=DAMPING)
+        grads = jax.grad(objective)(params)
+        return tx.update(grads, tx.init(params), params, value_fn=objective)[1].coefficients
+
+    np.testing.assert_allclose(coefficients(1e-3), coefficients(1e3), rtol=1e-5)
 
 
 def test_curvature_of_another_batch(x64):
@@ -236,6 +285,7 @@ def test_microbatches_have_the_curvature_of_the_whole(x64):
 
 @pytest.mark.parametrize("bad", ["gradient", "value", "curvature"])
 def test_what_is_not_finite_changes_a_counter_only(bad):
+    """And a flag: a second one in a row would undo the step."""
     params, objective = params_of(), objective_on(0)
     tx = so.scale_by_quadratic_model(so.scale_by_kfac(so.find_layers(objective, params)))
     unit = {name: jnp.nan if name == bad else 1.0 for name in ("gradient", "value", "curvature")}
@@ -258,7 +308,115 @@ def test_what_is_not_finite_changes_a_counter_only(bad):
     if bad == "curvature":
         of_kfac = of_kfac._replace(count=state.direction.count)
     metrics = after.metrics._replace(nonfinite_steps=state.metrics.nonfinite_steps)
-    assert identical(after._replace(metrics=metrics, direction=of_kfac), state)
+    assert after.suspect
+    assert not state.suspect
+    after = after._replace(suspect=state.suspect, metrics=metrics, direction=of_kfac)
+    assert identical(after, state)
+
+
+LOGARITHM = so.Objective(lambda p: p, lambda z: jnp.sum(z - jnp.log(z)))  # least at one
+
+
+@pytest.mark.parametrize("adapt_every", [1, 5])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_rejected_steps_lead_to_one_that_is_taken(adapt_every, momentum):
+    """From 5 the model goes far below zero until the damping is above 0.12."""
+    tx = so.scale_by_quadratic_model(damping=1e-3, adapt_every=adapt_every, momentum=momentum)
+    history = take_steps(tx, 25, LOGARITHM, jnp.full(1, 5.0))
+    dampings = [float(state.damping) for _, _, state, _ in history[:4]]
+    np.testing.assert_allclose(dampings, [4e-3, 1.6e-2, 6.4e-2, 0.256], rtol=1e-5)
+    params, _, state, _ = history[-1]
+    np.testing.assert_allclose(params, 1, atol=1e-5)
+    assert int(state.metrics.rejections) == 4
+    assert int(state.metrics.nonfinite_steps) == int(state.metrics.undone) == 0
+
+
+PARABOLA, LOG, BAD = 0, 1, 2
+
+
+def alternating_run(tx, kinds, params):
+    """Parameters and states over batches: a parabola around 5, the logarithm, or NaN."""
+
+    @jax.jit
+    def step(params, state, kind):
+        unit = jnp.where(kind == BAD, jnp.nan, 1.0)
+        objective = so.Objective(
+            lambda p: p,
+            lambda z: unit * jnp.sum(jnp.where(kind == LOG, z - jnp.log(z), (z - 5) ** 2)),
+        )
+        value, grads = jax.value_and_grad(objective)(params)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=objective
+        )
+        return optax.apply_updates(params, updates), state
+
+    state, history = tx.init(params), []
+    for kind in kinds:
+        params, state = step(params, state, kind)
+        history.append((params, state))
+    return history
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_an_untried_step_to_nowhere_is_undone(momentum):
+    tx = so.scale_by_quadratic_model(damping=1e-3, momentum=momentum)
+    history = alternating_run(tx, [PARABOLA] + 30 * [LOG], jnp.full(1, 4.0))
+    places = [float(params[0]) for params, _ in history]
+    assert places[1] == places[2] < 0
+    np.testing.assert_allclose([places[0], places[3]], [4.999, 4.999], atol=1e-3)
+    np.testing.assert_allclose(history[3][1].damping, 4e-3, rtol=1e-5)
+    np.testing.assert_allclose(places[-1], 1, atol=1e-5)
+    metrics = history[-1][1].metrics
+    counts = [int(n) for n in (metrics.undone, metrics.nonfinite_steps, metrics.rejections)]
+    assert counts == [1, 2, 3]
+
+
+def test_bad_data_undo_one_step_at_most():
+    """One bad batch changes nothing, two in a row undo a step, and more of them nothing else."""
+    tx = so.scale_by_quadratic_model(damping=1.0)
+    kinds = [BAD, BAD, PARABOLA, BAD, PARABOLA, *4 * [BAD], PARABOLA]
+    history = alternating_run(tx, kinds, jnp.full(1, 4.0))
+    places = np.array([float(params[0]) for params, _ in history])
+    assert places[0] == places[1] == 4  # there is no step to be undone
+    assert 4 < places[2] == places[3] < places[4] == places[5]
+    np.testing.assert_allclose(places[6:9], places[3], rtol=1e-6)
+    assert places[9] > places[8]
+    dampings = [float(state.damping) for _, state in history]
+    np.testing.assert_allclose(dampings, 6 * [1.0] + 4 * [4.0], rtol=1e-6)
+    assert int(history[-1][1].metrics.undone) == 1
+
+
+def test_the_bound_of_the_damping_is_reported():
+    rule = so.DampingRule(smallest=0.4, largest=5.0, lower_by=0.5)
+    tx = so.scale_by_quadratic_model(damping=5.0, damping_rule=rule, adapt_every=1)
+    history = take_steps(tx, 6, LINEAR, {"a": jnp.array([3.0, -1.0])})
+    assert [int(state.metrics.bound) for _, _, state, _ in history] == [1, 0, 0, 0, -1, -1]
+
+
+def flops_of(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def test_what_a_direction_is_made_of_is_the_gradient():
+    """It is not evaluated again; what is behind a direction cannot know it."""
+    objective, params = objective_on(0), params_of()
+
+    def passes(tx, known):
+        """Forward passes of the model in an update."""
+
+        def update(value, grads):
+            given = {"grad": grads} if known else {}
+            return tx.update(
+                grads, tx.init(params), params, value=value, value_fn=objective, **given
+            )
+
+        return str(jax.make_jaxpr(update)(objective(params), params)).count(" tanh ")
+
+    around = so.scale_by_quadratic_model(optax.scale(2.0))
+    behind = optax.chain(optax.scale(2.0), so.scale_by_quadratic_model())
+    # One for the curvature, and one where the step is tried.
+    counts = [passes(tx, known) for tx in (around, behind) for known in (True, False)]
+    assert counts == [2, 2, 2, 3]
 
 
 def test_a_direction_that_does_not_guard_its_state_sees_zeros():
@@ -287,11 +445,11 @@ def test_a_plain_callable_raises():
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2), value_fn=jnp.sum)
 
 
-def test_cost_in_gradients():
-    """The first vector costs two thirds of a gradient, and the second as much."""
+def autoencoder(cases=100):
+    """One so wide that products with its weights are nearly all the work."""
     sizes = (160, 200, 100, 20, 100, 200, 160)
     params = [jnp.ones(shape) for shape in itertools.pairwise(sizes)]
-    x = jnp.ones((100, 160))
+    x = jnp.ones((cases, 160))
 
     def model(params):
         h = x
@@ -299,18 +457,45 @@ def test_cost_in_gradients():
             h = jnp.tanh(h @ weight)
         return h
 
-    objective = so.Objective(model, lambda z: jnp.mean((z - x) ** 2))
+    return so.Objective(model, lambda z: jnp.mean((z - x) ** 2)), params
 
-    def flops(vectors):
+
+def test_cost_in_gradients():
+    """The first vector costs two thirds of a gradient, and the second as much."""
+    objective, params = autoencoder()
+
+    def work(vectors):
         def evaluate(params):
             forms = gauss_newton_forms(objective, params)
             basis = [jax.tree.map(lambda p, k=k: p * (k + 0.5), params) for k in range(vectors)]
             return jax.value_and_grad(objective)(params), forms(basis) if vectors else 0
 
-        return jax.jit(evaluate).lower(params).compile().cost_analysis()["flops"]
+        return flops_of(evaluate, params)
 
-    gradient = flops(0)
-    one, two = ((flops(k) - gradient) / gradient for k in (1, 2))
+    gradient = work(0)
+    one, two = ((work(k) - gradient) / gradient for k in (1, 2))
     assert one < 0.67
     assert two < 1.33
-    assert (two + 4 * one) / 5 < 0.8  # with plane_every=5
+
+
+def test_cost_of_a_plane_in_every_fifth_step():
+    """Of whole steps as they are compiled for their place, without the trial in every so many."""
+    objective, params = autoencoder(cases=500)
+    tx = so.scale_by_quadratic_model(plane_every=5, adapt_every=1000)
+    state = tx.init(params)
+
+    def gradient_and_step(count):
+        def evaluate(params, last_step):
+            value, grads = jax.value_and_grad(objective)(params)
+            # Constants, so that only the branches that are taken are compiled.
+            constant = {"count": jnp.int32(count), "coefficients": jnp.ones(2)}
+            now = state._replace(last_step=last_step, **constant)
+            return tx.update(grads, now, params, value=value, grad=grads, value_fn=objective)
+
+        return flops_of(evaluate, params, params)
+
+    gradient = flops_of(jax.value_and_grad(objective), params)
+    on_plane, on_line = (gradient_and_step(count) / gradient - 1 for count in (5, 6))
+    assert 1.2 < on_plane < 1.4
+    assert 0.6 < on_line < 0.75
+    assert (on_plane + 4 * on_line) / 5 < 0.8

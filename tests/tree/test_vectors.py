@@ -158,3 +158,16 @@ def test_moving_average_leaves_out_what_is_not_finite():
         jnp.array([1.0, 2.0]), jnp.array([jnp.nan, 4.0]), jnp.int32(1), 0.5
     )
     assert average.tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("size", [3e-38, 1e-18, 0.7, 5.0, 1e18, 3e38])
+def test_the_unit_scale_is_a_power_of_two(size):
+    tree_of = {"a": jnp.zeros((0, 2)), "b": jnp.array([0.0, -size]), "c": jnp.float32(size / 2)}
+    scale = float(jax.jit(tree.unit_scale)(tree_of))
+    assert np.frexp(scale)[0] == 0.5
+    assert 2**-9 <= abs(scale * np.float32(size)) < 1 if 1e-37 < size < 1e36 else scale > 0
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, -jnp.inf])
+def test_the_unit_scale_of_what_is_not_finite_is_not_a_number(bad):
+    assert jnp.isnan(tree.unit_scale({"a": jnp.ones(2), "b": jnp.array([1.0, bad])}))
