@@ -21,7 +21,7 @@ pytestmark = [
         jax.__version_info__ < (0, 7), reason="JAX 0.6 loses track of what varies in its own loops"
     ),
 ]
-NEEDS_EXAMPLES = ("kbfgs", "pch", "hessian_free")  # the latter for its preconditioner
+NEEDS_EXAMPLES = ("kbfgs", "kfac", "pch", "hessian_free")  # the latter for its preconditioner
 
 
 def objective_of_part(batch):
@@ -50,7 +50,7 @@ def train(name):
     return params
 
 
-@pytest.mark.parametrize("name", ["lsr1", "gauss_newton", "newton_cg"])
+@pytest.mark.parametrize("name", ["lsr1", "gauss_newton", "newton_cg", "scale_by_quadratic_model"])
 def test_gradients_and_products_are_enough(x64, name):
     expected = on_one_device(name)[1]
     for a, b in zip(*map(jax.tree.leaves, (train(name), expected)), strict=True):
