@@ -165,6 +165,29 @@ def _varying_axes(array: jax.Array) -> Any:
     return getattr(kind, "vma", ()) if since is None else since.varying
 
 
+def sum_of_parts(array: jax.Array, params: Any) -> jax.Array:
+    """Sums over devices what each has made of its own examples, inside `jax.shard_map`.
+
+    A gradient with respect to the parameters is such a sum by itself. An inner product of outputs
+    is not.
+
+    Args:
+      array: A sum over examples.
+      params: The parameters, which are the same wherever examples are of one batch.
+
+    Returns:
+      The sum over all examples; the same array outside of `jax.shard_map`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sum_of_parts(jnp.ones(2), jnp.ones(3)).tolist()
+      [1.0, 1.0]
+    """
+    axes = set(_varying_axes(array)).difference(*map(_varying_axes, jax.tree.leaves(params)))
+    summed: jax.Array = jax.lax.psum(array, tuple(sorted(axes))) if axes else array
+    return summed
+
+
 def explicit_spec(array: Any) -> tuple[Any, ...] | None:
     """How the axes of an array are sharded on an Explicit mesh.
 

@@ -22,8 +22,8 @@ pytestmark = [
         jax.__version_info__ < (0, 7), reason="JAX 0.6 loses track of what varies in its own loops"
     ),
 ]
-GENERAL = ("lsr1", "shampoo", "soap", "gauss_newton", "newton_cg")
-NEEDS_EXAMPLES = ("kbfgs", "pch", "hessian_free")  # the latter for its preconditioner
+GENERAL = ("lsr1", "shampoo", "soap", "scale_by_quadratic_model", "gauss_newton", "newton_cg")
+NEEDS_EXAMPLES = ("kbfgs", "kfac", "pch", "hessian_free")  # the latter for its preconditioner
 
 
 def objective_of_part(batch):
@@ -52,12 +52,7 @@ def train(name):
     return params
 
 
-@pytest.mark.parametrize(
-    "name",
-    with_slow(
-        ["lsr1", "gauss_newton", "newton_cg", "shampoo", "soap"], "gauss_newton", "newton_cg"
-    ),
-)
+@pytest.mark.parametrize("name", with_slow(GENERAL, "gauss_newton", "newton_cg"))
 def test_gradients_and_products_are_enough(x64, name):
     expected = on_one_device(name)[1]
     for a, b in zip(*map(jax.tree.leaves, (train(name), expected)), strict=True):

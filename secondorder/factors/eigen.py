@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from secondorder.factors.moments import damped_inverse
+from secondorder.factors.moments import apply_all, damped_inverse
 from secondorder.products import matmul
 
 # Matrices are padded to the size of larger ones if that at most so much multiplies their work.
@@ -17,6 +17,7 @@ def in_stacks(
     function: Callable[..., tuple[jax.Array, ...]],
     matrices: Sequence[jax.Array],
     numbers: Sequence[jax.Array],
+    spread: Callable[..., Any] = apply_all,
 ) -> list[tuple[jax.Array, ...]]:
     """Maps a function over stacks of matrices, those of nearly equal size as one batch.
 
@@ -25,6 +26,8 @@ def in_stacks(
         The last rows and columns of a matrix may be zero.
       matrices: Stacks ``(S, n, n)``; ``S`` and ``n`` may differ.
       numbers: For each stack ``(S,)``.
+      spread: Applies a function to stacks, as `secondorder.spread.Devices.spread` does; its results
+        can be cut anywhere.
 
     Returns:
       For each stack the results, ``(S, n, ...)``.
@@ -36,8 +39,10 @@ def in_stacks(
             jnp.pad(matrices[i], ((0, 0), (0, margin), (0, margin)))
             for i, margin in zip(members, margins, strict=True)
         ]
-        outputs = jax.vmap(function)(
-            jnp.concatenate(padded), jnp.concatenate([numbers[i] for i in members])
+        outputs = spread(
+            jax.vmap(function),
+            jnp.concatenate(padded),
+            jnp.concatenate([numbers[i] for i in members]),
         )
         start = 0
         for i in members:
@@ -90,13 +95,16 @@ def map_by_size(function: Callable[..., Any], *arguments: Sequence[jax.Array]) -
 
 
 def stacked_inverses(
-    matrices: Sequence[jax.Array], dampings: Sequence[jax.Array]
+    matrices: Sequence[jax.Array],
+    dampings: Sequence[jax.Array],
+    spread: Callable[..., Any] = apply_all,
 ) -> list[jax.Array]:
     """Returns ``(M + λI)⁻¹`` for stacks of matrices of different sizes.
 
     Args:
       matrices: stacks (S, n, n) of symmetric positive semidefinite matrices.
       dampings: ``λ`` for each matrix of each stack, (S,), positive.
+      spread: Applies a function to stacks, as for `in_stacks`.
 
     Returns:
       Stacks like ``matrices``; not finite where ``M + λI`` is not positive definite to rounding.
@@ -111,14 +119,17 @@ def stacked_inverses(
     def invert(matrix: jax.Array, damping: jax.Array) -> tuple[jax.Array]:
         return (damped_inverse(matrix, damping.astype(matrix.dtype)),)
 
-    return [inverse for (inverse,) in in_stacks(invert, matrices, dampings)]
+    return [inverse for (inverse,) in in_stacks(invert, matrices, dampings, spread)]
 
 
-def stacked_eigenvectors(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+def stacked_eigenvectors(
+    matrices: Sequence[jax.Array], spread: Callable[..., Any] = apply_all
+) -> list[tuple[jax.Array, jax.Array]]:
     """Returns the eigenvectors of stacks of matrices of different sizes.
 
     Args:
       matrices: stacks (S, n, n) of symmetric positive semidefinite matrices.
+      spread: Applies a function to stacks, as for `in_stacks`.
 
     Returns:
       For each the eigenvalues (S, n), not negative, and eigenvectors as columns (S, n, n). Each
@@ -134,7 +145,7 @@ def stacked_eigenvectors(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array,
         values, vectors = jnp.linalg.eigh(stack)
         return jnp.maximum(values, 0), vectors
 
-    return map_by_size(decompose, matrices)
+    return map_by_size(lambda stack: spread(decompose, stack), matrices)
 
 
 def rotate(input_basis: jax.Array, matrix: jax.Array, output_basis: jax.Array) -> jax.Array:

@@ -34,7 +34,8 @@ def damped_inverse(matrix: jax.Array, damping: ArrayLike) -> jax.Array:
     return matmul(inverse_root.T, inverse_root)
 
 
-def _apply(function: Callable[..., Any], *stacks: jax.Array) -> Any:
+def apply_all(function: Callable[..., Any], *stacks: jax.Array) -> Any:
+    """Applies a function to stacks as they are: what shares work where there is one device."""
     return function(*stacks)
 
 
@@ -42,7 +43,7 @@ def damped_inverses(
     matrices: Sequence[jax.Array],
     dampings: Sequence[jax.Array],
     divisor: ArrayLike = 1,
-    spread: Callable[..., Any] = _apply,
+    spread: Callable[..., Any] = apply_all,
 ) -> list[jax.Array]:
     """Returns ``(M/m + λI)⁻¹`` for stacks of matrices of different sizes.
 

@@ -18,6 +18,7 @@ from secondorder.layers import statistics
 from secondorder.layers.groups import Group, Layout, concatenate
 from secondorder.layers.layer import TracedLayer
 from secondorder.methods.kbfgs_pass import AnyPass
+from secondorder.methods.kronecker import spread_product
 from secondorder.products import HIGHEST, matmul
 from secondorder.sharding import replicate
 from secondorder.spread import Devices
@@ -153,32 +154,12 @@ def precondition(
       For each layer the product.
     """
     products = [
-        _precondition_group(layout.devices, *operands)
+        spread_product(layout.devices, *operands, output_product)
         for operands in zip(
             factors.input_inverses, layout.join(matrices), factors.output_inverses, strict=True
         )
     ]
     return layout.split(products)
-
-
-def _precondition_group(
-    devices: Devices, inverse: jax.Array, matrices: jax.Array, output_inverse: OutputInverse
-) -> jax.Array:
-    """``H_a M H_g`` for a group, spread by blocks, or by rows where that leaves less for each."""
-    stack, rows = matrices.shape[:2]
-
-    def product(inverse: jax.Array, matrices: jax.Array, output_inverse: OutputInverse) -> Any:
-        matrices = matrices.astype(inverse.dtype)
-        diagonal = inverse.ndim == 2
-        scaled = inverse[:, :, None] * matrices if diagonal else matmul(inverse, matrices)
-        return output_product(output_inverse, scaled)
-
-    by_blocks, by_rows = devices.share(stack) / stack, devices.share(rows) / rows
-    axes = (0, 0, 0) if by_blocks <= by_rows else (1, 1 if inverse.ndim == 2 else None, None)
-    result = devices.spread(
-        product, inverse, matrices, output_inverse, in_axes=axes, out_axes=axes[0]
-    )
-    return replicate(result)
 
 
 # Measurement of a batch, by group.

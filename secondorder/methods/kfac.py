@@ -10,7 +10,7 @@ References:
   Eschenhagen et al. (2023), arXiv 2311.00636, for weights that are shared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
@@ -54,7 +54,8 @@ from secondorder.methods.quadratic_model import scale_by_quadratic_model
 from secondorder.methods.terminal import keep_unless
 from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
-from secondorder.sharding import replicate
+from secondorder.sharding import check_sees_batch, replicate
+from secondorder.spread import devices_of
 
 _NAME = "scale_by_kfac"
 _NO_CURVATURE: dict[str, Any] = {"factors": (), "inverses": ()}
@@ -115,6 +116,7 @@ def scale_by_kfac(
     damping_split: kf.DampingSplit = "trace",
     fallback: Fallback = "diagonal",
     strict: bool = False,
+    spread_over: Sequence[str] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients by Kronecker-factored blocks of the Gauss-Newton matrix.
@@ -168,6 +170,9 @@ def scale_by_kfac(
         it is noise: at first nearly all the way; see `secondorder.factors.shrink_to_mean`.
       strict: Whether parameters in no layer are an error, and weights with uses that see them as
         another matrix.
+      spread_over: Names of the axes of the parameters' mesh over which the factors and inverses of
+        layers of equal shape, and the work on them, are spread; None for all axes, ``()`` for none.
+        Static.
       seed: Of the random cotangents. Static.
 
     Returns:
@@ -218,11 +223,12 @@ def scale_by_kfac(
         if leaves:  # There are none in the placeholder that `optax.tree.map_params` passes.
             check_leaves(layers, params)
         dtype = curvature_dtype(jnp.result_type(*leaves, *(() if leaves else (jnp.float32,))))
+        shared = layout.on(devices_of(params, spread_over))
         return ScaleByKFACState(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(jax.random.key(seed)),
-            factors=init_factors(settings, layers, layout, dtype),
-            inverses=init_inverses(settings, layout, dtype),
+            factors=init_factors(settings, layers, shared, dtype),
+            inverses=init_inverses(settings, shared, dtype),
             fallback=others.init(params),
             metrics=KFACMetrics(*(jnp.zeros((), jnp.int32) for _ in KFACMetrics._fields)),
         )
@@ -243,17 +249,19 @@ def scale_by_kfac(
         objective = value_fn if curvature_fn is None else curvature_fn
         check_value_fn(objective, _NAME, "curvature_fn")
         shift = settings.damping if damping is None else damping
+        check_sees_batch(_NAME, params)
+        shared = layout.on(devices_of(params, spread_over))
         layer_pass = LayerPass(_NAME, settings, layers, objective, params)
 
         # 1. The factors and their inverses, from the current batch.
         finite = all_finite((updates, value))
-        shared = layer_pass.merges and curvature_fn is None
-        refreshed = _refresh_if_due(settings, layout, layer_pass, state, shift, finite, shared)
+        merges = layer_pass.merges and curvature_fn is None
+        refreshed = _refresh_if_due(settings, shared, layer_pass, state, shift, finite, merges)
 
         # 2. The direction of each layer, the diagonal's or the fallback's of the rest.
         gradient = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), updates)
         with jax.named_scope("kfac_precondition"):
-            direction = _direction(settings, layers, layout, refreshed, gradient, shift)
+            direction = _direction(settings, layers, shared, refreshed, gradient, shift)
         rest, fallback_state = gradient, state.fallback
         if not is_diagonal:
             rest, fallback_state = others.update(gradient, state.fallback, params, **extra_args)
@@ -280,11 +288,11 @@ def _refresh_if_due(
     state: ScaleByKFACState,
     damping: chex.Numeric,
     finite: jax.Array,
-    shared: bool,
+    merges: bool,
 ) -> ScaleByKFACState:
     """The state with new factors and inverses, where they are due and the batch is finite."""
     # A pass at the present parameters is the caller's own, if XLA sees both outside of a branch.
-    seen = layer_pass.look() if shared else None
+    seen = layer_pass.look() if merges else None
 
     def refresh(state: ScaleByKFACState) -> ScaleByKFACState:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)

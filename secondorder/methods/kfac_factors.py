@@ -6,22 +6,26 @@ of their eigenvectors (``"eigen"``), or with the second moments of the gradient 
 place of the products of eigenvalues (``"corrected"``, EKFAC).
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from secondorder import factors as kf
 from secondorder.layers.groups import Group, Layout
 from secondorder.layers.layer import Layers
 from secondorder.layers.rows import input_moment, output_moment, rotated_moment
 from secondorder.methods.kfac_statistics import Sample, Settings
+from secondorder.methods.kronecker import spread_product, spread_solution
 from secondorder.products import matmul
 from secondorder.sharding import replicate
+from secondorder.spread import Devices
 
 # Of "corrected" one array (stack, inputs, outputs); of "eigen" the eigenvalues of both factors.
+Tree = TypeVar("Tree")
 Spectrum: TypeAlias = jax.Array | tuple[jax.Array, jax.Array] | None
 
 
@@ -54,6 +58,12 @@ class KFACInverses(NamedTuple):
     spectra: tuple[Spectrum, ...]
 
 
+def _keep(tree: Tree, layout: Layout) -> Tree:
+    """Stacks as they are kept between steps, each device its share."""
+    kept: Tree = jax.tree.map(layout.devices.keep, tree)
+    return kept
+
+
 def init_factors(settings: Settings, layers: Layers, layout: Layout, dtype: Any) -> KFACFactors:
     """The factors before the first batch.
 
@@ -71,8 +81,8 @@ def init_factors(settings: Settings, layers: Layers, layout: Layout, dtype: Any)
         return jnp.zeros((group.stack, width) if diagonal else (group.stack, width, width), dtype)
 
     return KFACFactors(
-        tuple(zeros(group, group.inputs, group.diagonal_input) for group in layout.groups),
-        tuple(zeros(group, group.outputs, False) for group in layout.groups),
+        _keep(tuple(zeros(g, g.inputs, g.diagonal_input) for g in layout.groups), layout),
+        _keep(tuple(zeros(g, g.outputs, False) for g in layout.groups), layout),
         tuple(jnp.zeros(layers.leaves[leaf].shape, dtype) for leaf in settings.diagonals),
     )
 
@@ -103,11 +113,12 @@ def init_inverses(settings: Settings, layout: Layout, dtype: Any) -> KFACInverse
         first, second = (jnp.ones((group.stack, width), dtype) for width in widths)
         return first, second
 
-    return KFACInverses(
+    inverses = KFACInverses(
         tuple(identity(group, group.inputs, group.diagonal_input) for group in layout.groups),
         tuple(identity(group, group.outputs, False) for group in layout.groups),
         tuple(spectrum(group) for group in layout.groups),
     )
+    return _keep(inverses, layout)
 
 
 def update_factors(
@@ -131,9 +142,8 @@ def update_factors(
         for i, row in enumerate(sample.rows)
     ]
     outputs = [output_moment(row) for row in sample.rows]
-    new = KFACFactors(
-        tuple(layout.join(inputs)), tuple(layout.join(outputs)), tuple(sample.squares)
-    )
+    sides = _keep((tuple(layout.join(inputs)), tuple(layout.join(outputs))), layout)
+    new = KFACFactors(*sides, tuple(sample.squares))
     return kf.ema(factors, new, kf.warm_decay(settings.moment_decay, count))
 
 
@@ -167,12 +177,14 @@ def invert(
     Returns:
       The inverses, and how many blocks kept theirs.
     """
+    factors = jax.tree.map(replicate, factors)  # Those of several groups are one batch.
     used = [jnp.maximum(a, 1 / cases) if a.ndim == 2 else a for a in factors.inputs]
     factors = factors._replace(inputs=tuple(used))
     if settings.inverse == "cholesky":
         new = _damped_inverses(settings, layout, factors, positions, damping)
     else:
         new = _eigenvectors(settings, layout, factors)
+    new = _keep(new, layout)
     chosen, failed = [], jnp.zeros((), jnp.int32)
     for index in range(len(layout.groups)):
         mine, theirs = ([part[index] for part in side] for side in (new, old))
@@ -190,6 +202,15 @@ def _finite_blocks(parts: Any) -> jax.Array:
 
 def _where(blocks: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(jnp.reshape(blocks, (-1, *[1] * (new.ndim - 1))), new, old)
+
+
+def _spread(devices: Devices) -> Callable[..., Any]:
+    """Gives each device its share of a batch of factorizations; results can be cut anywhere."""
+
+    def spread(function: Callable[..., Any], *stacks: jax.Array) -> Any:
+        return jax.tree.map(replicate, devices.spread(function, *stacks))
+
+    return spread
 
 
 def _mean_eigenvalue(factor: jax.Array) -> jax.Array:
@@ -210,11 +231,7 @@ def _damped_inverses(
         split = kf.split_damping(
             damping,
             settings.damping_split,
-            positions=jnp.repeat(
-                jnp.asarray([positions[m] for m in group.members]),
-                jnp.asarray(group.sizes),
-                total_repeat_length=group.stack,
-            ),
+            positions=jnp.asarray(np.repeat([positions[m] for m in group.members], group.sizes)),
             input_mean_eigenvalue=_mean_eigenvalue(first),
             output_mean_eigenvalue=_mean_eigenvalue(second),
         )
@@ -224,7 +241,9 @@ def _damped_inverses(
     inverses = {
         i: 1 / (matrices[i] + shares[i][:, None]) for i in range(len(matrices)) if i not in dense
     }
-    found = kf.stacked_inverses([matrices[i] for i in dense], [shares[i] for i in dense])
+    found = kf.stacked_inverses(
+        [matrices[i] for i in dense], [shares[i] for i in dense], _spread(layout.devices)
+    )
     inverses.update(zip(dense, found, strict=True))
     pairs = [inverses[i].astype(matrices[i].dtype) for i in range(len(matrices))]
     return KFACInverses(tuple(pairs[::2]), tuple(pairs[1::2]), (None,) * len(layout.groups))
@@ -233,7 +252,7 @@ def _damped_inverses(
 def _eigenvectors(settings: Settings, layout: Layout, factors: KFACFactors) -> KFACInverses:
     """Eigenvectors of both factors; those of a diagonal one are the unit vectors."""
     dense = [factor for factor in factors.inputs if factor.ndim == 3]
-    found = kf.stacked_eigenvectors([*dense, *factors.outputs])
+    found = kf.stacked_eigenvectors([*dense, *factors.outputs], _spread(layout.devices))
     rest, ends = iter(found[: len(dense)]), found[len(dense) :]
     inputs, spectra = [], []
     for factor, (values, _) in zip(factors.inputs, ends, strict=True):
@@ -270,11 +289,12 @@ def correct(
       The same eigenvectors, with new moments; and how many blocks kept theirs, as new ones were not
       finite.
     """
-    bases = zip(layout.split(inverses.inputs), layout.split(inverses.outputs), strict=True)
+    sides = jax.tree.map(layout.devices.gather, (inverses.inputs, inverses.outputs))
+    bases = zip(*map(layout.split, sides), strict=True)
     moments = [rotated_moment(row, *basis) for row, basis in zip(sample.rows, bases, strict=True)]
     decay = kf.warm_decay(settings.moment_decay, count)
     chosen, failed = [], jnp.zeros((), jnp.int32)
-    for index, moment in enumerate(layout.join(moments)):
+    for index, moment in enumerate(_keep(tuple(layout.join(moments)), layout)):
         old = inverses.spectra[index]
         assert isinstance(old, jax.Array)
         new = kf.ema(old, moment, decay)
@@ -312,12 +332,10 @@ def precondition(
         spectrum = inverses.spectra[index]
         stacked = stacked.astype(second.dtype)
         if spectrum is None:
-            left = first[:, :, None] * stacked if first.ndim == 2 else matmul(first, stacked)
-            products.append(matmul(left, second))
+            products.append(spread_product(layout.devices, first, stacked, second))
             continue
         if isinstance(spectrum, tuple):
             spectrum = spectrum[0][:, :, None] * spectrum[1][:, None, :]
-        solved = kf.rotate(first, stacked, second) / (spectrum + damping)
-        back = first if first.ndim == 2 else jnp.swapaxes(first, 1, 2)
-        products.append(kf.rotate(back, solved, jnp.swapaxes(second, 1, 2)))
+        damped = spectrum + damping
+        products.append(spread_solution(layout.devices, first, stacked, second, damped))
     return layout.split(products)

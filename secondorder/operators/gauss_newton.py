@@ -18,7 +18,7 @@ from secondorder.jaxprs import canonical_convolutions
 from secondorder.objective import Microbatches, Objective
 from secondorder.operators.linear_operator import LinearOperator, narrow, vectors_like, widen
 from secondorder.operators.pieces import over_pieces
-from secondorder.sharding import replicated_zeros
+from secondorder.sharding import replicated_zeros, sum_of_parts
 from secondorder.tree import accumulation_dtype, inner
 
 LinearizationMode: TypeAlias = Literal["forward", "reverse"]
@@ -234,7 +234,7 @@ def _forms_of_piece(
         curved = [hessian(image) for image in images]
         rows = [[inner(a, b).astype(dtype) for b in curved] for a in images]
         matrix = jnp.stack([jnp.stack(row) for row in rows])
-        return (matrix + matrix.T) / 2
+        return sum_of_parts((matrix + matrix.T) / 2, params)
 
     return forms
 

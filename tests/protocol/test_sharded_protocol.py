@@ -72,7 +72,8 @@ LAYOUTS = {
 METHODS = (
     "kbfgs", "kbfgs-l", "lsr1", "scale_by_lsr1", "hessian_free", "block_hessian_free",
     "gauss_newton", "levenberg_marquardt", "pch", "newton_cg", "krylov_subspace_descent", "lrsfn",
-    "saddle_free_newton", "shampoo", "soap",
+    "saddle_free_newton", "shampoo", "soap", "kfac", "scale_by_kfac", "scale_by_kfac-empirical",
+    "kfac-adaptive", "scale_by_quadratic_model",
 )  # fmt: skip
 CELLS = list(itertools.product(("Auto", "Explicit"), LAYOUTS))
 
