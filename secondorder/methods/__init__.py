@@ -14,7 +14,8 @@ from secondorder.methods.hessian_free import (
 from secondorder.methods.hessian_free_model import HessianFreeMetrics
 from secondorder.methods.kbfgs import ScaleByKBFGSState, kbfgs, scale_by_kbfgs
 from secondorder.methods.kbfgs_update import KBFGSMetrics
-from secondorder.methods.kfac import KFACMetrics, ScaleByKFACState, kfac, scale_by_kfac
+from secondorder.methods.kfac import KFACMetrics, ScaleByKFACState, scale_by_kfac
+from secondorder.methods.kfac_optimizer import kfac
 from secondorder.methods.krylov_descent import (
     KrylovDescentMetrics,
     KrylovDescentState,

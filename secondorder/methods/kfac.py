@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import factors as kf
-from secondorder.checks import check_choice, check_range, check_static_count, is_number, is_zero
-from secondorder.control import DampingRule
+from secondorder.checks import check_choice, check_range, check_static_count
 from secondorder.layers.groups import Layout, arrange_layers
 from secondorder.layers.layer import Layers, check_leaves
 from secondorder.layers.rows import WeightSharing
@@ -42,15 +41,7 @@ from secondorder.methods.kfac_statistics import (
     Sample,
     Settings,
 )
-from secondorder.methods.layerwise import (
-    WeightDecayForm,
-    check_layers,
-    merge_directions,
-    on_unassigned,
-    with_settings_of,
-)
-from secondorder.methods.limits import limit_divergence
-from secondorder.methods.quadratic_model import scale_by_quadratic_model
+from secondorder.methods.layerwise import check_layers, merge_directions, on_unassigned
 from secondorder.methods.terminal import keep_unless
 from secondorder.methods.transform import make_transform
 from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
@@ -59,8 +50,6 @@ from secondorder.spread import devices_of
 
 _NAME = "scale_by_kfac"
 _NO_CURVATURE: dict[str, Any] = {"factors": (), "inverses": ()}
-_ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
-_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY = 0.9, 5, 1  # what stands for settings that are not given
 Fallback: TypeAlias = optax.GradientTransformation | Literal["diagonal"]
 
 
@@ -396,123 +385,3 @@ def _check_hyperparameters(settings: Settings, fallback: Any, seed: Any) -> None
         )
     if not isinstance(seed, int):
         raise ValueError(f"`seed` must be an integer, got {seed}.")
-
-
-@with_settings_of(scale_by_kfac)
-def kfac(
-    learning_rate: optax.ScalarOrSchedule | None,
-    layers: Layers,
-    *,
-    momentum: chex.Numeric = _MOMENTUM,
-    weight_decay: chex.Numeric = 0.0,
-    weight_decay_form: WeightDecayForm = "l2",
-    max_divergence: chex.Numeric | None = None,
-    max_norm: chex.Numeric | None = None,
-    damping_rule: DampingRule | None = None,
-    adapt_every: int = _ADAPT_EVERY,
-    plane_every: int = _PLANE_EVERY,
-    **settings: Any,
-) -> optax.GradientTransformationExtraArgs:
-    r"""K-FAC, at a learning rate, or with steps and damping from a quadratic model.
-
-    .. math:: v_{k+1} = \mu v_k - \eta P_k, \qquad \theta_{k+1} = \theta_k + v_{k+1}
-
-    See `scale_by_kfac` for the direction :math:`P` and for all hyperparameters that are not listed
-    here. With ``learning_rate=None`` both coefficients are chosen anew in every step, to minimize
-    a quadratic model with the exact curvature of the batch, and the damping follows how well it
-    predicts; that is::
-
-        so.scale_by_quadratic_model(so.scale_by_kfac(layers, ...), damping=..., ...)
-
-    Args:
-      learning_rate: Step size :math:`\eta`, or a schedule of it; or None. Static if it is None.
-      layers: The layers of the model, from `find_layers`.
-      momentum: :math:`\mu` in [0, 1). Without a learning rate the share of the last step is
-        chosen, and 0, which must be static then, leaves it out.
-      weight_decay: Coefficient :math:`\tau \ge 0` of the decay, on all parameters.
-      weight_decay_form: ``"l2"`` adds :math:`\tau\theta` to the gradient before it is
-        preconditioned, and without a learning rate :math:`\tau` to the curvature;
-        ``"decoupled"``, with a learning rate only, adds it to the direction.
-      max_divergence: With a learning rate, shortens directions with
-        :math:`\tfrac12 \eta^2 g^\top P` above it; without, steps whose exact
-        :math:`\tfrac12 \delta^\top G \delta` is. None for no limit.
-      max_norm: Without a learning rate: longest step. None for any.
-      damping_rule: Without a learning rate: how the damping follows the ratio of actual to
-        predicted reduction.
-      adapt_every: Without a learning rate: judge a step every so many. Static.
-      plane_every: Without a learning rate: choose both coefficients in every so many steps, and
-        their common factor between. Static.
-      **settings: Hyperparameters of `scale_by_kfac`.
-
-    Returns:
-      The optimizer. Its ``update`` needs ``params`` and ``value_fn``, an `Objective`.
-
-    Raises:
-      ValueError: For hyperparameters out of range, or without effect on the chosen form.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import secondorder as so
-      >>> x, y = jnp.ones((8, 3)), jnp.zeros((8, 2))
-      >>> objective = so.Objective(lambda w: x @ w, lambda z: jnp.mean((z - y) ** 2))
-      >>> params = jnp.ones((3, 2))
-      >>> tx = so.kfac(None, so.find_layers(objective, params), damping=0.1)
-      >>> state = tx.init(params)
-      >>> for _ in range(5):
-      ...     value, grads = jax.value_and_grad(objective)(params)
-      ...     updates, state = tx.update(
-      ...         grads, state, params, value=value, grad=grads, value_fn=objective)
-      ...     params = optax.apply_updates(params, updates)
-      >>> float(objective(params)) < 0.01 * 9
-      True
-
-    References:
-      Martens, Grosse (2015), arXiv 1503.05671.
-    """
-    check_range("weight_decay", weight_decay, low=0)
-    check_range("momentum", momentum, low=0, high=1)
-    check_range("max_divergence", max_divergence, low=0, open_low=True)
-    check_choice("weight_decay_form", weight_decay_form, get_args(WeightDecayForm))
-    direction = scale_by_kfac(layers, **settings)
-    if learning_rate is None:
-        if weight_decay_form != "l2":
-            raise ValueError(
-                "kfac: without a learning rate weight decay is part of the objective that is "
-                f"modeled; weight_decay_form={weight_decay_form!r} needs a learning rate."
-            )
-        if is_number(momentum) and momentum not in (0, _MOMENTUM):
-            raise ValueError(
-                "kfac: without a learning rate the quadratic model chooses the share of the last "
-                f"step; give momentum=0 to leave it out, or nothing, but not momentum={momentum}."
-            )
-        return scale_by_quadratic_model(
-            direction,
-            damping=settings.get("damping", _ADAPTIVE_DAMPING),
-            damping_rule=damping_rule,
-            adapt_every=adapt_every,
-            plane_every=plane_every,
-            weight_decay=weight_decay,
-            momentum=not is_zero(momentum),
-            max_norm=max_norm,
-            max_divergence=max_divergence,
-        )
-    without_effect = {
-        "max_norm": max_norm is not None,
-        "damping_rule": damping_rule is not None,
-        "adapt_every": is_number(adapt_every) and adapt_every != _ADAPT_EVERY,
-        "plane_every": is_number(plane_every) and plane_every != _PLANE_EVERY,
-    }
-    for name, is_given in without_effect.items():
-        if is_given:
-            raise ValueError(
-                f"kfac: `{name}` is a setting of the quadratic model, which chooses the steps with "
-                "learning_rate=None; at a learning rate it has no effect."
-            )
-    if max_divergence is not None:
-        direction = limit_divergence(direction, learning_rate, max_divergence)
-    steps = (optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
-    if is_zero(weight_decay):
-        return optax.chain(direction, *steps)
-    decay = optax.add_decayed_weights(weight_decay)
-    links = (decay, direction) if weight_decay_form == "l2" else (direction, decay)
-    return optax.chain(*links, *steps)
