@@ -102,8 +102,9 @@ format: $(DEV)  ## ruff: repairs what it can
 typecheck: $(DEV)  ## mypy
 	$(VENV)/bin/python -m mypy
 
-doctest: $(DEV)  ## the examples in docstrings
+doctest: $(DEV)  ## the examples in docstrings, in README and in the documentation
 	$(VENV)/bin/python -m pytest --doctest-modules secondorder
+	$(VENV)/bin/python $(PYTEST) -m pages tests
 
 notebooks: $(NOTEBOOKS)  ## executes the notebooks, and keeps their outputs in them
 	$(NBCONVERT) --inplace notebooks/*.ipynb

@@ -44,10 +44,12 @@ def test_install_runs():
     assert list(run_blocks("docs/install.md", {})) == [0]
 
 
+@pytest.mark.pages
 def test_quickstart_runs():
     assert float(quickstart()["value"]) < 1
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", OTHERS)
 def test_page_runs_behind_the_quickstart(page):
     """A block that makes another `tx` has one for the quickstart's training step, too."""
