@@ -76,7 +76,7 @@ def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for (over_steps, over_seconds), panel in zip(axes, panels, strict=True):
         over_steps.set_title(panel.title)
-        _draw(panel, over_steps, over_seconds, "steps")
+        _draw(panel, over_steps, over_seconds, "steps", _places(panels))
     _save(figure, path)
 
 
@@ -92,13 +92,22 @@ def save_headline(path: Path, title: str, panels: Sequence[Panel]) -> None:
     axes = figure.subplots(2, len(panels), squeeze=False).T
     for (over_seconds, over_gradients), panel in zip(axes, panels, strict=True):
         over_seconds.set_title(panel.title)
-        _draw(panel, over_gradients, over_seconds, "gradients of a batch, and equal work")
+        work = "gradients of a batch, and equal work"
+        _draw(panel, over_gradients, over_seconds, work, _places(panels))
     _save(figure, path)
 
 
-def _draw(panel: Panel, over_work: Axes, over_seconds: Axes, work: str) -> None:
-    for number, curve in enumerate(panel.curves):
-        style = _style(number, curve.label, curve.is_dashed)
+def _places(panels: Sequence[Panel]) -> dict[str, int]:
+    """A number for every label, the same in all panels, by which it has its color."""
+    labels = dict.fromkeys(curve.label for panel in panels for curve in panel.curves)
+    return {label: number for number, label in enumerate(labels)}
+
+
+def _draw(
+    panel: Panel, over_work: Axes, over_seconds: Axes, work: str, places: Mapping[str, int]
+) -> None:
+    for curve in panel.curves:
+        style = _style(places[curve.label], curve.label, curve.is_dashed)
         over_work.plot(curve.work, curve.losses, **style)
         over_seconds.plot(curve.seconds, curve.losses, **style)
     _decorate(over_work, work)
