@@ -39,7 +39,7 @@ from secondorder.methods.terminal import (
 from secondorder.methods.transform import GuardedTransformation, make_transform
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
-from secondorder.sharding import shard_like
+from secondorder.sharding import replicated_zeros, shard_like
 
 _NAME = "scale_by_quadratic_model"
 _REALS = ("damping", "ratio", "predicted", "rate", "momentum", "step_norm")
@@ -211,7 +211,7 @@ def scale_by_quadratic_model(
         return ScaleByQuadraticModelState(
             count=jnp.zeros((), jnp.int32),
             damping=jnp.full((), damping, dtype),
-            coefficients=jnp.zeros((2,), dtype),
+            coefficients=replicated_zeros((2,), dtype),
             last_step=jax.tree.map(jnp.zeros_like, params),
             suspect=jnp.zeros((), bool),
             direction=inner.init(params),
