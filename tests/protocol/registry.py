@@ -276,7 +276,8 @@ REGISTRY = [
     Entry(
         "shampoo",
         so.shampoo,
-        {"precondition_every": 2, "start_preconditioning_step": 1},
+        # Roots of eigenvalues near the floor multiply the rounding by which two programs differ.
+        {"precondition_every": 2, "start_preconditioning_step": 1, "eps": 1e-3},
         (),
         (*SHAMPOO_STATIC, "nesterov"),
     ),
