@@ -7,23 +7,19 @@ axis of a block has the second moment of the gradient unfolded along it.
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from secondorder import factors as kf
 from secondorder import tree as vectors
 from secondorder.checks import (
-    check_choice,
     check_flag,
-    check_range,
     check_static_count,
-    is_zero,
 )
-from secondorder.methods.layerwise import WeightDecayForm, merge_directions
+from secondorder.methods.layerwise import merge_directions
 from secondorder.objective import all_finite
 from secondorder.sharding import replicate, shard_like
 from secondorder.spread import Devices, devices_of
@@ -302,36 +298,3 @@ def check_schedule(update_every: int, precondition_every: int) -> None:
     """
     check_static_count("update_every", update_every)
     check_static_count("precondition_every", precondition_every)
-
-
-def optimizer_of(
-    direction: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: chex.Numeric,
-    weight_decay_form: WeightDecayForm,
-    *links: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """A direction with weight decay, what follows it, and the learning rate.
-
-    Args:
-      direction: The direction.
-      learning_rate: Step size, or a schedule of it.
-      weight_decay: Coefficient of the decay.
-      weight_decay_form: ``"l2"``: part of the gradient; ``"decoupled"``: of the direction.
-      *links: What stands between the direction and the learning rate.
-
-    Returns:
-      The chain.
-
-    Raises:
-      ValueError: For hyperparameters out of range.
-    """
-    check_range("weight_decay", weight_decay, low=0)
-    check_choice("weight_decay_form", weight_decay_form, get_args(WeightDecayForm))
-    step = optax.scale_by_learning_rate(learning_rate)
-    if is_zero(weight_decay):
-        return optax.chain(direction, *links, step)
-    decay = optax.add_decayed_weights(weight_decay)
-    if weight_decay_form == "l2":
-        return optax.chain(decay, direction, *links, step)
-    return optax.chain(direction, *links, decay, step)

@@ -38,13 +38,13 @@ from secondorder.methods.kbfgs_factors import (
 from secondorder.methods.kbfgs_pass import AnyPass, LayerPass
 from secondorder.methods.kbfgs_update import KBFGSMetrics, count_pairs, refresh, unchanged
 from secondorder.methods.layerwise import (
-    WeightDecayForm,
     check_layers,
     merge_directions,
     on_unassigned,
     with_settings_of,
 )
 from secondorder.methods.transform import make_transform
+from secondorder.methods.weight_decay import WeightDecayForm, with_weight_decay
 from secondorder.objective import all_finite, check_has_arrays, check_params, check_value_fn
 from secondorder.sharding import check_sees_batch
 from secondorder.spread import devices_of
@@ -435,12 +435,6 @@ def kbfgs(
       Goldfarb, Ren, Bahamou (2020), arXiv 2006.08877; Ren, Bahamou, Goldfarb (2021),
       arXiv 2102.06737.
     """
-    check_range("weight_decay", weight_decay, low=0)
-    check_choice("weight_decay_form", weight_decay_form, get_args(WeightDecayForm))
     direction = scale_by_kbfgs(layers, **settings)
-    step = optax.scale_by_learning_rate(learning_rate)
-    if is_number(weight_decay) and weight_decay == 0:
-        return optax.chain(direction, step)
-    decay = optax.add_decayed_weights(weight_decay)
-    links = (decay, direction) if weight_decay_form == "l2" else (direction, decay)
-    return optax.chain(*links, step)
+    links = with_weight_decay((direction,), weight_decay, weight_decay_form)
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))

@@ -1,17 +1,18 @@
 """K-FAC as an optimizer: its direction at a learning rate, or with the quadratic model's steps."""
 
-from typing import Any, get_args
+from typing import Any
 
 import chex
 import optax
 
-from secondorder.checks import check_choice, check_range, is_number, is_zero
+from secondorder.checks import check_range, is_number, is_zero
 from secondorder.control import DampingRule
 from secondorder.layers.layer import Layers
 from secondorder.methods.kfac import scale_by_kfac
-from secondorder.methods.layerwise import WeightDecayForm, with_settings_of
+from secondorder.methods.layerwise import with_settings_of
 from secondorder.methods.limits import limit_divergence
 from secondorder.methods.quadratic_model import scale_by_quadratic_model
+from secondorder.methods.weight_decay import WeightDecayForm, check_weight_decay, with_weight_decay
 
 _ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
 _MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY = 0.9, 5, 1  # what stands for settings that are not given
@@ -88,10 +89,9 @@ def kfac(
     References:
       Martens, Grosse (2015), arXiv 1503.05671.
     """
-    check_range("weight_decay", weight_decay, low=0)
+    check_weight_decay(weight_decay, weight_decay_form)
     check_range("momentum", momentum, low=0, high=1)
     check_range("max_divergence", max_divergence, low=0, open_low=True)
-    check_choice("weight_decay_form", weight_decay_form, get_args(WeightDecayForm))
     direction = scale_by_kfac(layers, **settings)
     if learning_rate is None:
         _check_settings_of_the_model(momentum, weight_decay_form)
@@ -109,12 +109,9 @@ def kfac(
     _check_no_settings_of_the_model(max_norm, damping_rule, adapt_every, plane_every)
     if max_divergence is not None:
         direction = limit_divergence(direction, learning_rate, max_divergence)
-    steps = (optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
-    if is_zero(weight_decay):
-        return optax.chain(direction, *steps)
-    decay = optax.add_decayed_weights(weight_decay)
-    links = (decay, direction) if weight_decay_form == "l2" else (direction, decay)
-    return optax.chain(*links, *steps)
+    links = with_weight_decay((direction,), weight_decay, weight_decay_form)
+    step = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(*links, optax.trace(momentum), step)
 
 
 def _check_settings_of_the_model(

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import chex
 import jax
@@ -10,8 +10,6 @@ import optax
 
 from secondorder.layers.layer import Layers
 from secondorder.sharding import shard_like
-
-WeightDecayForm: TypeAlias = Literal["l2", "decoupled"]
 
 
 def check_layers(layers: Layers, strict: bool) -> None:

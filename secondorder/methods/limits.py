@@ -62,8 +62,7 @@ def limit_divergence(
       [2.0]
 
     Source: Ba, Grosse, Martens (2017), Distributed second-order optimization using
-    Kronecker-factored
-    approximations, section 5.
+    Kronecker-factored approximations, section 5.
     """
 
     def init(params: chex.ArrayTree) -> DivergenceLimitState:

@@ -12,7 +12,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from secondorder import tree as vectors
-from secondorder.checks import check_choice, check_range, is_zero
-from secondorder.methods.layerwise import WeightDecayForm, with_settings_of
+from secondorder.checks import is_zero
+from secondorder.methods.layerwise import with_settings_of
 from secondorder.methods.low_rank_model import (
     Direction,
     find_eigenpairs,
@@ -40,6 +40,7 @@ from secondorder.methods.low_rank_settings import (
 )
 from secondorder.methods.terminal import curvature_objective, keep_unless, zero_metrics
 from secondorder.methods.transform import make_transform
+from secondorder.methods.weight_decay import WeightDecayForm, with_weight_decay
 from secondorder.objective import Microbatches, all_finite, check_has_arrays, check_params
 from secondorder.operators.hessian import HessianMode
 from secondorder.sharding import replicated_zeros, shard_like
@@ -453,12 +454,6 @@ def low_rank_saddle_free_newton(
     References:
       O'Leary-Roseberry, Alger, Ghattas (2020), arXiv 2002.02881.
     """
-    check_range("weight_decay", weight_decay, low=0)
-    check_choice("weight_decay_form", weight_decay_form, get_args(WeightDecayForm))
     direction = scale_by_low_rank_saddle_free_newton(rank, **settings)
-    step = optax.scale_by_learning_rate(learning_rate)
-    if is_zero(weight_decay):
-        return optax.chain(direction, step)
-    decay = optax.add_decayed_weights(weight_decay)
-    links = (decay, direction) if weight_decay_form == "l2" else (direction, decay)
-    return optax.chain(*links, step)
+    links = with_weight_decay((direction,), weight_decay, weight_decay_form)
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))

@@ -17,17 +17,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from secondorder.checks import check_choice, check_range, check_static_count, is_zero
+from secondorder.checks import check_choice, check_range, check_static_count
 from secondorder.factors.positive_curvature import CurvatureTransform
 from secondorder.layers.layer import Layers, check_leaves
 from secondorder.methods.layerwise import (
-    WeightDecayForm,
     check_layers,
     merge_directions,
     on_unassigned,
     with_settings_of,
 )
 from secondorder.methods.transform import make_transform
+from secondorder.methods.weight_decay import WeightDecayForm, with_weight_decay
 from secondorder.objective import all_finite, check_has_arrays, check_params, check_split
 from secondorder.operators.expectation import (
     Moment,
@@ -353,12 +353,6 @@ def positive_curvature_hessian(
     References:
       Chen, Chou, Chang (2018), arXiv 1802.06502.
     """
-    check_range("weight_decay", weight_decay, low=0)
-    check_choice("weight_decay_form", weight_decay_form, get_args(WeightDecayForm))
     direction = scale_by_positive_curvature(layers, **settings)
-    step = optax.scale_by_learning_rate(learning_rate)
-    if is_zero(weight_decay):
-        return optax.chain(direction, step)
-    decay = optax.add_decayed_weights(weight_decay)
-    links = (decay, direction) if weight_decay_form == "l2" else (direction, decay)
-    return optax.chain(*links, step)
+    links = with_weight_decay((direction,), weight_decay, weight_decay_form)
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))

@@ -37,11 +37,11 @@ from secondorder.methods.blockwise import (
     count_failed,
     if_due,
     is_usable,
-    optimizer_of,
     widen,
 )
-from secondorder.methods.layerwise import WeightDecayForm, with_settings_of
+from secondorder.methods.layerwise import with_settings_of
 from secondorder.methods.transform import make_transform
+from secondorder.methods.weight_decay import WeightDecayForm, with_weight_decay
 from secondorder.objective import check_has_arrays, check_params
 from secondorder.tree import BlockGroup
 
@@ -415,6 +415,7 @@ def shampoo(
     """
     check_range("momentum", momentum, low=0, high=1)
     check_flag("nesterov", nesterov)
-    links = () if is_zero(momentum) else (optax.trace(momentum, nesterov),)
-    direction = scale_by_shampoo(**settings)
-    return optimizer_of(direction, learning_rate, weight_decay, weight_decay_form, *links)
+    trace = () if is_zero(momentum) else (optax.trace(momentum, nesterov),)
+    links = (scale_by_shampoo(**settings), *trace)
+    links = with_weight_decay(links, weight_decay, weight_decay_form)
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))

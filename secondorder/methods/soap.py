@@ -26,11 +26,11 @@ from secondorder.methods.blockwise import (
     count_failed,
     if_due,
     is_usable,
-    optimizer_of,
     widen,
 )
-from secondorder.methods.layerwise import WeightDecayForm, with_settings_of
+from secondorder.methods.layerwise import with_settings_of
 from secondorder.methods.transform import make_transform
+from secondorder.methods.weight_decay import WeightDecayForm, with_weight_decay
 from secondorder.objective import check_has_arrays, check_params
 from secondorder.sharding import replicate
 from secondorder.tree import BlockGroup
@@ -355,4 +355,5 @@ def soap(
       Vyas et al. (2024), arXiv 2409.11321.
     """
     direction = scale_by_soap(**settings)
-    return optimizer_of(direction, learning_rate, weight_decay, weight_decay_form)
+    links = with_weight_decay((direction,), weight_decay, weight_decay_form)
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
