@@ -141,18 +141,23 @@ def test_embeddings_have_a_diagonal_factor():
     np.testing.assert_allclose(factors.outputs[0][0], 2 * np.eye(4) * 3 / 3, rtol=1e-9)
 
 
+def assert_stack_of_blocks(objective, params, atol):
+    """Of a scan over one stack of square weights each has the block of its own."""
+    factors, layers = factors_of(objective, params)
+    length, size = len(params), params[0].size
+    dense = blocks(objective, params, layers)[0].reshape(length, size, length, size)
+    for k in range(length):
+        found = np.kron(factors.inputs[0][k], factors.outputs[0][k])
+        np.testing.assert_allclose(found, dense[k, :, k], rtol=1e-9, atol=atol)
+
+
 def test_layers_of_a_scan_are_a_stack():
     x, y = normal(1, 3), normal(1, 3)
 
     def model(params):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0]
 
-    params, objective = normal(4, 3, 3), so.Objective(model, squared(y))
-    factors, layers = factors_of(objective, params)
-    dense = blocks(objective, params, layers)[0].reshape(4, 9, 4, 9)
-    for k in range(4):
-        found = np.kron(factors.inputs[0][k], factors.outputs[0][k])
-        np.testing.assert_allclose(found, dense[k, :, k], rtol=1e-9, atol=1e-12)
+    assert_stack_of_blocks(so.Objective(model, squared(y)), normal(4, 3, 3), atol=1e-12)
 
 
 def test_layers_of_a_scan_at_several_positions():
@@ -161,12 +166,7 @@ def test_layers_of_a_scan_at_several_positions():
     def model(params):
         return jax.lax.scan(lambda h, w: (h @ w, None), x, params)[0]
 
-    objective = so.Objective(model, squared(y))
-    factors, layers = factors_of(objective, normal(3, 2, 2))
-    dense = blocks(objective, normal(3, 2, 2), layers)[0].reshape(3, 4, 3, 4)
-    for k in range(3):
-        found = np.kron(factors.inputs[0][k], factors.outputs[0][k])
-        np.testing.assert_allclose(found, dense[k, :, k], rtol=1e-9, atol=1e-10)
+    assert_stack_of_blocks(so.Objective(model, squared(y)), normal(3, 2, 2), atol=1e-10)
 
 
 def test_a_weight_of_all_steps_of_a_scan():

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import secondorder as so
 from benchmarks.programs import batched_sizes
 from tests.meshes import make_mesh, use_mesh
+from tests.steps import training_step
 
 P = PartitionSpec
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -65,18 +65,6 @@ def make(form):
     return so.kfac(layers=so.find_layers(objective_on(BATCH), PARAMS), damping=0.1, **FORMS[form])
 
 
-def make_step(tx):
-    def step(params, state, batch):
-        objective = objective_on(batch)
-        value, grads = jax.value_and_grad(objective)(params)
-        updates, state = tx.update(
-            grads, state, params, value=value, grad=grads, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def put(tree, mesh, specs):
     return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, specs)
 
@@ -94,7 +82,7 @@ def put(tree, mesh, specs):
 def test_the_numbers_of_one_device(x64, form, kind, places):
     """With five layers on eight devices, and one that is cut by rows."""
     tx, (params, state), steps = make(form), (PARAMS, make(form).init(PARAMS)), 3
-    run = jax.jit(make_step(tx))
+    run = jax.jit(training_step(tx, objective_on))
     for _ in range(steps):
         params, state = run(params, state, BATCH)
 
@@ -104,7 +92,7 @@ def test_the_numbers_of_one_device(x64, form, kind, places):
         batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))
         asked = jax.tree.map(lambda leaf: leaf.sharding, spread), so.state_shardings(tx, spread)
         spread_state = jax.jit(tx.init, out_shardings=asked[1])(spread)
-        run = jax.jit(make_step(tx), out_shardings=asked)
+        run = jax.jit(training_step(tx, objective_on), out_shardings=asked)
         for _ in range(steps):
             spread, spread_state = run(spread, spread_state, batch)
     assert run._cache_size() == 1

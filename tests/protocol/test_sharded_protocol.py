@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import secondorder as so
 from tests.meshes import make_mesh, use_mesh
 from tests.protocol.registry import LAYERS, REGISTRY
+from tests.steps import training_step
 
 P = PartitionSpec
 STEPS = 2
@@ -89,22 +90,10 @@ def make(entry):
     return optax.chain(tx, optax.scale_by_learning_rate(0.1))
 
 
-def make_step(tx):
-    def step(params, state, batch):
-        objective = objective_on(batch)
-        value, grads = jax.value_and_grad(objective)(params)
-        updates, state = tx.update(
-            grads, state, params, value=value, grad=grads, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 @functools.cache
 def on_one_device(name):
     tx = make(next(entry for entry in REGISTRY if entry.name == name))
-    step = jax.jit(make_step(tx))
+    step = jax.jit(training_step(tx, objective_on))
     params, state = PARAMS, tx.init(PARAMS)
     for _ in range(STEPS):
         params, state = step(params, state, BATCH)
@@ -122,7 +111,11 @@ def check(name, kind, layout):
         batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))
         shardings = so.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
-        step = jax.jit(make_step(tx), out_shardings=(places, shardings), donate_argnums=(0, 1))
+        step = jax.jit(
+            training_step(tx, objective_on),
+            out_shardings=(places, shardings),
+            donate_argnums=(0, 1),
+        )
         for _ in range(STEPS):
             params, state = step(params, state, batch)
         assert step._cache_size() == 1
