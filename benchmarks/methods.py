@@ -355,7 +355,6 @@ _ALL = (
         forwards_to=lambda: so.scale_by_kbfgs,
         defaults={"learning_rate": 0.3, "damping": 0.3},
         by_problem=_KBFGS_CLASSIFIERS,
-        is_second_order=True,
         extra_gradients=1,
     ),
     Method(

@@ -73,10 +73,10 @@ def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
         panels: One per problem.
     """
     figure = _figure(title, width=11, height=4 * len(panels))
-    axes = figure.subplots(len(panels), 2, squeeze=False)
+    axes, places = figure.subplots(len(panels), 2, squeeze=False), _places(panels)
     for (over_steps, over_seconds), panel in zip(axes, panels, strict=True):
         over_steps.set_title(panel.title)
-        _draw(panel, over_steps, over_seconds, "steps", _places(panels))
+        _draw(panel, over_steps, over_seconds, "steps", places)
     _save(figure, path)
 
 
@@ -89,11 +89,11 @@ def save_headline(path: Path, title: str, panels: Sequence[Panel]) -> None:
         panels: One per problem.
     """
     figure = _figure(title, width=4.5 * len(panels), height=7)
-    axes = figure.subplots(2, len(panels), squeeze=False).T
+    axes, places = figure.subplots(2, len(panels), squeeze=False).T, _places(panels)
+    work = "gradients of a batch, and equal work"
     for (over_seconds, over_gradients), panel in zip(axes, panels, strict=True):
         over_seconds.set_title(panel.title)
-        work = "gradients of a batch, and equal work"
-        _draw(panel, over_gradients, over_seconds, work, _places(panels))
+        _draw(panel, over_gradients, over_seconds, work, places)
     _save(figure, path)
 
 
