@@ -8,6 +8,7 @@ gathers what a factorization works on whatever its sharding.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from secondorder.products import map_matrices
 from secondorder.sharding import constrain, mesh_of, replicate
 
 
@@ -209,9 +211,10 @@ def map_by_shape(
     for index, case in enumerate(cases):
         groups[tuple((array.shape, array.dtype) for array in case)].append(index)
     results: list[Any] = [None] * len(cases)
+    mapped = functools.partial(map_matrices, function)
     for members in groups.values():
         stacks = [jnp.stack(arrays) for arrays in zip(*(cases[i] for i in members), strict=True)]
-        stacked = jax.tree.map(devices.gather, devices.spread(jax.vmap(function), *stacks))
+        stacked = jax.tree.map(devices.gather, devices.spread(mapped, *stacks))
         for row, index in enumerate(members):
             results[index] = jax.tree.map(lambda array, row=row: array[row], stacked)
     return results

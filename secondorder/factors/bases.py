@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.factors.roots import finite_matrices
-from secondorder.products import matmul
+from secondorder.products import map_matrices, matmul
 
 
 def eigenbases(matrices: jax.Array, previous: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -22,7 +22,7 @@ def eigenbases(matrices: jax.Array, previous: jax.Array) -> tuple[jax.Array, jax
       >>> jnp.abs(bases).tolist(), failed.tolist()
       ([[[0.0, 1.0], [1.0, 0.0]]], [False])
     """
-    values, vectors = jnp.linalg.eigh(matrices)
+    values, vectors = map_matrices(jnp.linalg.eigh, matrices)
     found = finite_matrices(vectors * values[:, None, :])
     return jnp.where(found[:, None, None], vectors[:, :, ::-1], previous), ~found
 
@@ -51,7 +51,7 @@ def follow_bases(matrices: jax.Array, bases: jax.Array) -> tuple[jax.Array, jax.
     """
     images = matmul(matrices, bases)
     order = jnp.argsort(-jnp.sum(bases * images, axis=1), axis=1)
-    new, _ = jnp.linalg.qr(jnp.take_along_axis(images, order[:, None, :], axis=2))
+    new, _ = map_matrices(jnp.linalg.qr, jnp.take_along_axis(images, order[:, None, :], axis=2))
     found = finite_matrices(new)
     same = jnp.arange(bases.shape[-1], dtype=order.dtype)
     return (

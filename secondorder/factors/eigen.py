@@ -1,5 +1,6 @@
 """Eigenvectors of Kronecker factors, and inverses in stacks of nearly equal sizes."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.factors.moments import apply_all, damped_inverse
-from secondorder.products import matmul
+from secondorder.products import map_matrices, matmul
 
 # Matrices are padded to the size of larger ones if that at most so much multiplies their work.
 _WASTE = 1.2
@@ -40,7 +41,7 @@ def in_stacks(
             for i, margin in zip(members, margins, strict=True)
         ]
         outputs = spread(
-            jax.vmap(function),
+            functools.partial(map_matrices, function),
             jnp.concatenate(padded),
             jnp.concatenate([numbers[i] for i in members]),
         )
@@ -142,7 +143,7 @@ def stacked_eigenvectors(
     """
 
     def decompose(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, vectors = jnp.linalg.eigh(stack)
+        values, vectors = map_matrices(jnp.linalg.eigh, stack)
         return jnp.maximum(values, 0), vectors
 
     return map_by_size(lambda stack: spread(decompose, stack), matrices)

@@ -1,5 +1,6 @@
 """Running averages of second moments, and their damped inverses."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from secondorder.products import matmul
+from secondorder.products import map_matrices, matmul
 
 Tree = TypeVar("Tree")
 
@@ -72,7 +73,7 @@ def damped_inverses(
         return jnp.pad(matrix, ((0, 0), margin, margin))
 
     inverses = spread(
-        jax.vmap(damped_inverse),
+        functools.partial(map_matrices, damped_inverse),
         jnp.concatenate([padded(matrix) for matrix in matrices]) / divisor,
         jnp.concatenate(list(dampings)).astype(matrices[0].dtype),
     )

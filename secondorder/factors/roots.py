@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from secondorder.products import matmul
+from secondorder.products import map_matrices, matmul
 
 RootSolver: TypeAlias = Literal["eigh", "newton"]
 
@@ -48,7 +48,7 @@ def eigh_roots(matrices: jax.Array, order: chex.Numeric, eps: chex.Numeric) -> j
       [1.0, 2.0]
     """
     matrices, shift, scale = _normalize(matrices, order, eps)
-    values, vectors = jnp.linalg.eigh(matrices)
+    values, vectors = map_matrices(jnp.linalg.eigh, matrices)
     damped = jnp.maximum(values, 0)[:, None, :] + shift
     powers = damped ** (-1 / jnp.asarray(order, matrices.dtype))
     return scale * matmul(vectors * powers, jnp.swapaxes(vectors, 1, 2))
