@@ -121,13 +121,14 @@ def batched_sizes(text: str, kind: str) -> list[tuple[int, ...]]:
         kind: Such as ``"dot"``; or a part of the name of a library call, such as ``"potrf"``.
 
     Returns:
-        For each of them the shape of its (first) result.
+        For each of them the shape of its (first) result; in a loop that XLA knows to run several
+        times, that number comes first.
     """
-    computations, _ = _parse(text)
+    computations, entry = _parse(text)
     return [
-        _arrays(instruction.result)[0][1]
-        for instructions in computations.values()
-        for instruction in instructions
+        ((trips,) if trips > 1 else ()) + _arrays(instruction.result)[0][1]
+        for name, trips in _runs(computations, entry).items()
+        for instruction in computations[name]
         if instruction.kind == kind or (_target(instruction) and kind in _target(instruction))
     ]
 
@@ -147,11 +148,38 @@ def _parse(text: str) -> tuple[Computations, str]:
     return computations, entry
 
 
+def _runs(computations: Computations, entry: str) -> dict[str, int]:
+    """How often each computation runs, if all branches are taken."""
+    runs: dict[str, int] = {}
+
+    def visit(name: str, count: int) -> None:
+        runs[name] = max(count, runs.get(name, 0))
+        for instruction in computations[name]:
+            for called in _called(instruction):
+                visit(called, count * _trips(instruction))
+
+    visit(entry, 1)
+    return runs
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs, of a loop the body."""
+    branches = _BRANCHES.search(instruction.rest)
+    if instruction.kind == "conditional" and branches:
+        return [name.strip().lstrip("%") for name in branches.group(1).split(",")]
+    return _CALLED.findall(instruction.rest) if instruction.kind in _CALLING else []
+
+
+def _trips(instruction: Instruction) -> int:
+    known = _TRIPS.search(instruction.rest) if instruction.kind == "while" else None
+    return int(known.group(1)) if known else 1
+
+
 def _instruction_work(
     instruction: Instruction, siblings: list[Instruction], total: Callable[[str], Work]
 ) -> Work:
     """The work of one instruction, with that of the computations that it calls."""
-    kind, rest = instruction.kind, instruction.rest
+    kind = instruction.kind
     own = kind.removesuffix("-start")
     if own in COLLECTIVES:
         # What an asynchronous one starts with holds its operands too.
@@ -164,17 +192,13 @@ def _instruction_work(
         return Work(products=_convolution_flops(instruction, siblings))
     if kind == "custom-call":
         return _call_work(instruction, siblings)
+    works = [total(name) for name in _called(instruction)]
     if kind == "conditional":
-        branches = _BRANCHES.search(rest)
-        names = branches.group(1).split(",") if branches else _CALLED.findall(rest)
-        works = [total(name.strip().lstrip("%")) for name in names]
         return max(works, key=lambda work: (work.flops, work.bytes))
-    called = sum((total(name) for name in _CALLED.findall(rest) if kind in _CALLING), Work())
-    trips = _TRIPS.search(rest) if kind == "while" else None
-    return called.times(int(trips.group(1)) if trips else 1)
+    return sum(works, Work()).times(_trips(instruction))
 
 
-_CALLING = ("while", "fusion", "call", "async-start")
+_CALLING = ("while", "fusion", "call", "async-start", "conditional")
 
 
 def _dot_flops(instruction: Instruction, siblings: list[Instruction]) -> float:

@@ -36,6 +36,13 @@ def test_factorizations():
     assert batched_sizes(text, "potrf") == [(3, 4, 4)]
 
 
+def test_factorizations_in_a_loop():
+    matrices = np.eye(4, dtype=np.float32)[None].repeat(3, 0)
+    text = program(lambda m: jax.lax.map(jnp.linalg.cholesky, m), matrices)
+    assert read_work(text).factorizations == pytest.approx(3 * 4**3 / 3)
+    assert batched_sizes(text, "potrf") == [(3, 4, 4)]
+
+
 def test_collectives_in_a_branch_of_a_loop():
     mesh = make_mesh(8, names=("data",), kind=AxisType.Auto)
     x = place(mesh, np.ones((16, 4), np.float32), "data")
