@@ -1,5 +1,11 @@
 """Rules that steer a method by what its steps achieve."""
 
+from secondorder.control.confirmation import (
+    Confirmation,
+    confirm,
+    confirmed_length,
+    init_confirmation,
+)
 from secondorder.control.damping import (
     DampingRule,
     NielsenState,
@@ -19,6 +25,7 @@ from secondorder.control.plane import minimize_on_plane
 from secondorder.control.radius import RadiusRule, follow_slope, next_radius, reduction_ratio
 
 __all__ = [
+    "Confirmation",
     "DampingRule",
     "NielsenState",
     "RadiusRule",
@@ -26,8 +33,11 @@ __all__ = [
     "StoredResult",
     "backtrack",
     "best_stored",
+    "confirm",
+    "confirmed_length",
     "damping_bound",
     "follow_slope",
+    "init_confirmation",
     "minimize_on_plane",
     "next_damping",
     "next_radius",

@@ -15,7 +15,8 @@ from secondorder.methods.quadratic_model import scale_by_quadratic_model
 from secondorder.methods.weight_decay import WeightDecayForm, check_weight_decay, with_weight_decay
 
 _ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
-_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY = 0.9, 5, 1  # what stands for settings that are not given
+# What stands for settings that are not given.
+_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY, _CONFIRMATION = 0.9, 5, 1, 1.0
 
 
 @with_settings_of(scale_by_kfac)
@@ -31,6 +32,7 @@ def kfac(
     damping_rule: DampingRule | None = None,
     adapt_every: int = _ADAPT_EVERY,
     plane_every: int = _PLANE_EVERY,
+    confirmation: chex.Numeric | None = _CONFIRMATION,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""K-FAC, at a learning rate, or with steps and damping from a quadratic model.
@@ -62,6 +64,8 @@ def kfac(
       adapt_every: Without a learning rate: judge a step every so many. Static.
       plane_every: Without a learning rate: choose both coefficients in every so many steps, and
         their common factor between. Static.
+      confirmation: Without a learning rate: multiple of the share of a step's slope that the next
+        batch confirms, which is the longest part of it to be taken; None for all of it.
       **settings: Hyperparameters of `scale_by_kfac`.
 
     Returns:
@@ -101,12 +105,13 @@ def kfac(
             damping_rule=damping_rule,
             adapt_every=adapt_every,
             plane_every=plane_every,
+            confirmation=confirmation,
             weight_decay=weight_decay,
             momentum=not is_zero(momentum),
             max_norm=max_norm,
             max_divergence=max_divergence,
         )
-    _check_no_settings_of_the_model(max_norm, damping_rule, adapt_every, plane_every)
+    _check_no_settings_of_the_model(max_norm, damping_rule, adapt_every, plane_every, confirmation)
     if max_divergence is not None:
         direction = limit_divergence(direction, learning_rate, max_divergence)
     links = with_weight_decay((direction,), weight_decay, weight_decay_form)
@@ -135,6 +140,7 @@ def _check_no_settings_of_the_model(
     damping_rule: DampingRule | None,
     adapt_every: int,
     plane_every: int,
+    confirmation: chex.Numeric | None,
 ) -> None:
     """Raises `ValueError` for what would have no effect at a learning rate."""
     without_effect = {
@@ -142,6 +148,8 @@ def _check_no_settings_of_the_model(
         "damping_rule": damping_rule is not None,
         "adapt_every": is_number(adapt_every) and adapt_every != _ADAPT_EVERY,
         "plane_every": is_number(plane_every) and plane_every != _PLANE_EVERY,
+        "confirmation": confirmation is None
+        or (is_number(confirmation) and confirmation != _CONFIRMATION),
     }
     for name, is_given in without_effect.items():
         if is_given:

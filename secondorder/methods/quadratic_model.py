@@ -21,8 +21,12 @@ import optax
 from secondorder import tree as vectors
 from secondorder.checks import check_flag, check_range, check_static_count, is_zero
 from secondorder.control import (
+    Confirmation,
     DampingRule,
+    confirm,
+    confirmed_length,
     damping_bound,
+    init_confirmation,
     next_damping,
     raised_damping,
     reduction_ratio,
@@ -42,7 +46,7 @@ from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import replicated_zeros, shard_like
 
 _NAME = "scale_by_quadratic_model"
-_REALS = ("damping", "ratio", "predicted", "rate", "momentum", "step_norm")
+_REALS = ("damping", "ratio", "predicted", "confirmed", "rate", "momentum", "step_norm")
 
 
 class QuadraticModelMetrics(NamedTuple):
@@ -54,6 +58,8 @@ class QuadraticModelMetrics(NamedTuple):
         At the lower one from the start on, a smaller first damping may be better.
       ratio: Actual over predicted reduction of the last step that was judged.
       predicted: Change of the objective that the last model without damping promised.
+      confirmed: Share of the promised slopes that the batches after them had, on average. A
+        larger batch has more of them confirmed.
       rate: Coefficient of the direction in the last step.
       momentum: Coefficient of the step before.
       step_norm: Length of the last step.
@@ -69,6 +75,7 @@ class QuadraticModelMetrics(NamedTuple):
     bound: jax.Array
     ratio: jax.Array
     predicted: jax.Array
+    confirmed: jax.Array
     rate: jax.Array
     momentum: jax.Array
     step_norm: jax.Array
@@ -88,6 +95,7 @@ class ScaleByQuadraticModelState(NamedTuple):
         where no step is behind: at first, and if it was rejected or undone.
       last_step: The last step, like the parameters, to look along and to be undone.
       suspect: Whether the last batch was not finite; a second one undoes the last step.
+      confirmation: How much of the last steps' slopes the batches after them have confirmed.
       direction: State of the transform that gives the direction.
       metrics: What is reported.
     """
@@ -97,6 +105,7 @@ class ScaleByQuadraticModelState(NamedTuple):
     coefficients: jax.Array
     last_step: chex.ArrayTree
     suspect: jax.Array
+    confirmation: Confirmation
     direction: optax.OptState
     metrics: QuadraticModelMetrics
 
@@ -110,6 +119,7 @@ def scale_by_quadratic_model(
     weight_decay: chex.Numeric = 0.0,
     momentum: bool = True,
     plane_every: int = 1,
+    confirmation: chex.Numeric | None = 1.0,
     max_norm: chex.Numeric | None = None,
     max_divergence: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -166,6 +176,11 @@ def scale_by_quadratic_model(
       momentum: Whether the last step has a share; it is kept in any case. Static.
       plane_every: Minimize on the plane in every so many steps only, and on the line of the last
         step's proportions between, which takes one pass forward instead of two. Static.
+      confirmation: Multiple :math:`c > 0`. What is best for a small batch is too long for all
+        others: steps are multiplied by :math:`\min(1, c\, \bar\sigma)`, with the average share
+        :math:`\bar\sigma` of the slope :math:`\delta^\top g` that the next batch confirms. Costs
+        nothing. None, which must be static, for steps as they are: with large batches somewhat
+        faster.
       max_norm: Longest step; None for any.
       max_divergence: Largest :math:`\tfrac12 \delta^\top G \delta`, which for the negative
         logarithm of a likelihood is about the Kullback-Leibler divergence between the model's
@@ -201,6 +216,7 @@ def scale_by_quadratic_model(
     """
     clips = {"max_norm": max_norm, "max_divergence": max_divergence}
     _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, clips)
+    check_range("confirmation", confirmation, low=0, open_low=True)
     rule = _rule(damping, adapt_every) if damping_rule is None else damping_rule
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
     guards = isinstance(inner, GuardedTransformation)
@@ -214,6 +230,7 @@ def scale_by_quadratic_model(
             coefficients=replicated_zeros((2,), dtype),
             last_step=jax.tree.map(jnp.zeros_like, params),
             suspect=jnp.zeros((), bool),
+            confirmation=init_confirmation(dtype),
             direction=inner.init(params),
             metrics=zero_metrics(QuadraticModelMetrics, dtype, _REALS),
         )
@@ -252,15 +269,19 @@ def scale_by_quadratic_model(
             damping=state.damping + weight_decay,
         )
 
-        # 3. Its length and the share of the last step, from the model; then the clips.
+        # 3. Its length and the share of the last step, from the model; then the limits.
         with jax.named_scope("quadratic_model"):
             plane = plane_of(vector, state.last_step if momentum else None)
             is_due = None if plane_every == 1 else state.count % plane_every == 0
             last = state.coefficients / plane.scales
             shift = state.damping + weight_decay
             free = minimize(forms, point.gradient, plane, shift, last, is_due)
+            known = confirm(state.confirmation, vectors.inner(point.gradient, state.last_step))
+            if confirmation is not None:
+                free = free.times(confirmed_length(known.share, confirmation))
             step, clipped = clip(free, max_norm, max_divergence)
-            predicted = step.slope + (step.curvature + weight_decay * step.square) / 2
+            curvature = step.curvature + weight_decay * step.square
+            predicted = step.slope + curvature / 2
             proposal = combine(step.coefficients, plane, params)
 
         # 4. Every so often the ratio of actual to predicted reduction, and the damping.
@@ -281,8 +302,13 @@ def scale_by_quadratic_model(
             coefficients=jnp.where(accepted, step.coefficients * plane.scales, 0),
             last_step=taken,
             suspect=jnp.zeros_like(state.suspect),
+            confirmation=Confirmation(
+                known.share, jnp.where(accepted, step.slope, 0), jnp.where(accepted, curvature, 0)
+            ),
             direction=() if guards else direction_state,
-            metrics=_report(state, rule, step, plane.scales, ratio, predicted, clipped, accepted),
+            metrics=_report(
+                state, rule, step, plane.scales, ratio, predicted, known, clipped, accepted
+            ),
         )
         stayed = _stay(state, undoes, rule)
         if not guards:
@@ -347,6 +373,7 @@ def _stay(
         damping=jnp.where(undoes, raised_damping(rule, state.damping), state.damping),
         coefficients=cleared(state.coefficients),
         last_step=jax.tree.map(cleared, state.last_step),
+        confirmation=state.confirmation._replace(slope=cleared(state.confirmation.slope)),
         suspect=jnp.ones_like(state.suspect),
         metrics=metrics._replace(undone=metrics.undone + undoes),
     )
@@ -378,6 +405,7 @@ def _report(
     scales: jax.Array,
     ratio: jax.Array,
     predicted: jax.Array,
+    known: Confirmation,
     clipped: jax.Array,
     accepted: jax.Array,
 ) -> QuadraticModelMetrics:
@@ -388,6 +416,7 @@ def _report(
         bound=damping_bound(rule, state.damping),
         ratio=ratio,
         predicted=predicted,
+        confirmed=known.share,
         rate=rate,
         momentum=share,
         step_norm=jnp.sqrt(jnp.maximum(step.square, 0)),

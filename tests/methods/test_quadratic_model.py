@@ -77,7 +77,8 @@ def dense_gauss_newton(objective, params):
 
 def test_steps_are_those_of_a_dense_solve(x64):
     """Slopes, curvature, weight decay and damping, over two steps with different batches."""
-    tx = so.scale_by_quadratic_model(optax.scale(3.0), damping=DAMPING, weight_decay=DECAY)
+    settings = {"damping": DAMPING, "weight_decay": DECAY, "confirmation": None}
+    tx = so.scale_by_quadratic_model(optax.scale(3.0), **settings)
     (_, first, _, _), (params, second, state, objective) = take_steps(tx, 2)
     gradient = flat(jax.grad(objective)(params)) + DECAY * flat(params)
     curvature = dense_gauss_newton(objective, params)
