@@ -214,9 +214,12 @@ def scale_by_quadratic_model(
     References:
       Martens, Grosse (2015), arXiv 1503.05671.
     """
-    clips = {"max_norm": max_norm, "max_divergence": max_divergence}
-    _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, clips)
-    check_range("confirmation", confirmation, low=0, open_low=True)
+    limits = {
+        "confirmation": confirmation,
+        "max_norm": max_norm,
+        "max_divergence": max_divergence,
+    }
+    _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, limits)
     rule = _rule(damping, adapt_every) if damping_rule is None else damping_rule
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
     guards = isinstance(inner, GuardedTransformation)
@@ -426,7 +429,7 @@ def _report(
 
 
 def _check_hyperparameters(
-    damping: Any, adapt_every: Any, weight_decay: Any, momentum: Any, plane_every: Any, clips: Any
+    damping: Any, adapt_every: Any, weight_decay: Any, momentum: Any, plane_every: Any, limits: Any
 ) -> None:
     """Raises `ValueError` for whatever can be judged before tracing."""
     check_range("damping", damping, low=0, open_low=True)
@@ -434,5 +437,5 @@ def _check_hyperparameters(
     check_static_count("adapt_every", adapt_every)
     check_static_count("plane_every", plane_every)
     check_flag("momentum", momentum)
-    for name, limit in clips.items():
+    for name, limit in limits.items():
         check_range(name, limit, low=0, open_low=True)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import secondorder as so
+from tests.steps import training_step
 
 SIZE, STEPS = 20, 200
 DAMPING = 1e-6
@@ -16,16 +17,11 @@ CURVATURES = jnp.linspace(0.1, 3, SIZE)
 def run(tx, noise, start, steps=STEPS):
     """Places and states of steps on ``c (p - e)^2 / 2`` with another ``e`` in every batch."""
 
-    @jax.jit
-    def step(params, state, key):
-        center = noise * jax.random.normal(key, (SIZE,), params.dtype)
-        objective = so.Objective(lambda p: p - center, lambda z: jnp.sum(CURVATURES * z**2) / 2)
-        value, grads = jax.value_and_grad(objective)(params)
-        updates, state = tx.update(
-            grads, state, params, value=value, grad=grads, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state
+    def objective_on(key):
+        center = noise * jax.random.normal(key, (SIZE,), start.dtype)
+        return so.Objective(lambda p: p - center, lambda z: jnp.sum(CURVATURES * z**2) / 2)
 
+    step = jax.jit(training_step(tx, objective_on))
     params, state = start, tx.init(start)
     places, states = [], []
     for key in jax.random.split(jax.random.key(0), steps):
