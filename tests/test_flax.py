@@ -90,10 +90,16 @@ def test_linen_curvature_on_another_batch():
         state.objective(lambda z, n=n: loss(z, (None, BATCH[1][:n])), X[:n], rngs=key)
         for n in (16, 8)
     )
-    (value, aux), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
-    new = state.apply_gradients(
-        grads=grads, value=value, value_fn=whole, curvature_fn=part, model_state=aux
-    )
+
+    @jax.jit
+    def step(state):
+        (value, aux), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
+        new = state.apply_gradients(
+            grads=grads, value=value, value_fn=whole, curvature_fn=part, model_state=aux
+        )
+        return new, value
+
+    new, value = step(state)
     assert whole(new.params)[0] < value
 
 
