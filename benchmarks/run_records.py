@@ -20,7 +20,7 @@ _AXES = {
     "cpu_seconds": "training seconds of the processor, without compilation",
     "seconds": "training seconds, without compilation",
 }
-_RUN_SETTINGS = ("batch_size", "curvature_batch_size", "seed")
+_RUN_SETTINGS = ("batch_size", "curvature_batch_size", "seed", "average")
 
 
 def written(

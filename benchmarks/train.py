@@ -3,6 +3,7 @@
 import argparse
 
 from benchmarks.arguments import (
+    add_average,
     add_json,
     add_limits,
     add_problem,
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
     add_limits(parser)
     add_record_every(parser)
+    add_average(parser)
     add_settings(parser)
     add_json(parser)
 
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         curvature_batch_size=args.curvature_batch_size,
         record_every=args.record_every,
+        average=args.average,
     )
     # Wrong settings are reported before the data is read.
     method.settings(problem, options.overrides)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 
 from benchmarks.data import Splits
 from benchmarks.evaluation import Evaluator, Metrics
 from benchmarks.methods import Method
-from benchmarks.problems import Batch, Problem
+from benchmarks.problems import Batch, Params, Problem
 from benchmarks.records import Record
 from benchmarks.settings import SettingError
 from benchmarks.steps import (
@@ -50,6 +51,8 @@ class RunOptions:
         record_every: Steps from one record to the next; None records at the end of each epoch.
         records: Into how many equal parts of the work of ``gradients`` records divide a run, after
             one of the first step.
+        average: Decay in [0, 1) of a moving average of the parameters, whose losses are recorded in
+            place of those of the last parameters; None for these.
     """
 
     problem: Problem
@@ -63,6 +66,7 @@ class RunOptions:
     curvature_batch_size: int | None = None
     record_every: int | None = None
     records: int | None = None
+    average: float | None = None
 
     def __post_init__(self) -> None:
         limits = (self.epochs, self.seconds, self.gradients)
@@ -73,6 +77,8 @@ class RunOptions:
             raise SettingError(
                 "Epochs, seconds, gradients, batch sizes and steps must be positive."
             )
+        if self.average is not None and not 0 <= self.average < 1:
+            raise SettingError(f"The decay of an average is in [0, 1), got {self.average}.")
         if self.records is not None and self.gradients is None:
             raise SettingError("A number of records divides a number of gradients; give that too.")
 
@@ -145,6 +151,7 @@ class Run:
         self._evaluate = Evaluator(options.problem)
         self._steps, self._seconds, self._cpu_seconds = 0, 0.0, 0.0
         self._state, self._step = self._compile()
+        self._average: Params | None = None
         self.compile_seconds = self._step.compile_seconds
         self.initial: Metrics = self._evaluate(self._state.params, self._train)
 
@@ -179,6 +186,7 @@ class Run:
             "seed": self.options.seed,
             "batch_size": self.options.samples_per_step,
             "curvature_batch_size": self.options.curvature_batch_size,
+            "average": self.options.average,
             "compile_seconds": self.compile_seconds,
             "initial_train_loss": self.initial.loss,
             "step_flops": self._step.costs.get("flops"),
@@ -210,6 +218,7 @@ class Run:
         for indices in order:
             self._state, loss = self._step.call(self._state, self._train, indices)
             self._steps += 1
+            self._average_in()
             value = float(loss if previous is None else previous)
             self._seconds = seconds_before + time.perf_counter() - start
             on_step(self._steps, value)
@@ -217,10 +226,18 @@ class Run:
                 break
             previous = loss
         is_finite = math.isfinite(value) and math.isfinite(float(loss))
-        wait(self._state)
+        wait((self._state, self._average))
         self._seconds = seconds_before + time.perf_counter() - start
         self._cpu_seconds += time.process_time() - cpu_start
         return is_finite
+
+    def _average_in(self) -> None:
+        """Moves the average toward the parameters; it is a plain mean of the first of them."""
+        if self.options.average is None:
+            return
+        weight = max(1 - self.options.average, 1 / self._steps)
+        params = self._state.params
+        self._average = _move(params if self._average is None else self._average, params, weight)
 
     def _steps_to_record(self, left: int) -> int:
         """How many of the steps that are left of an epoch are done before the next record."""
@@ -246,8 +263,8 @@ class Run:
         return _rounded(regular + float(self._state.extra_gradients))
 
     def _record(self, is_finite: bool) -> EpochRecord:
-        train = self._evaluate(self._state.params, self._train)
-        test = self._evaluate(self._state.params, self._test)
+        params = self._state.params if self._average is None else self._average
+        train, test = (self._evaluate(params, split) for split in (self._train, self._test))
         epoch = self._steps / self.steps_per_epoch
         return EpochRecord(
             epoch=_rounded(epoch),
@@ -260,6 +277,11 @@ class Run:
             test_accuracy=test.accuracy,
             diverged=not (is_finite and train.is_finite()),
         )
+
+
+@jax.jit
+def _move(average: Params, params: Params, weight: jax.Array) -> Params:
+    return optax.incremental_update(params, average, weight)
 
 
 def _rounded(number: float) -> float:

@@ -125,6 +125,23 @@ def test_records_within_an_epoch(splits):
     assert [record.epoch for record in records] == [0.4, 0.8, 1, 1.4, 1.8, 2]
 
 
+def test_records_of_averaged_parameters(splits):
+    shared = {"epochs": 1, "batch_size": 10, "record_every": 1}
+    plain, none, half = (
+        [r.train_loss for r in Run(options, splits).epochs()]
+        for options in (
+            RunOptions(PROBLEM, METHODS["sgd"], {"learning_rate": 1e-3}, **shared, average=average)
+            for average in (None, 0.0, 0.5)
+        )
+    )
+    assert none == plain
+    # One parameter vector is its own mean; of a falling loss the mean of two lies between.
+    assert half[0] == plain[0]
+    assert plain[1] < half[1] < plain[0]
+    with pytest.raises(SettingError, match="decay of an average"):
+        RunOptions(PROBLEM, METHODS["sgd"], epochs=1, average=1.0)
+
+
 def test_own_defaults_come_before_those_that_are_passed_on():
     def factory(probes=2, **settings): ...
 
