@@ -1,10 +1,13 @@
 """``compare``: tunes and trains the methods of a named comparison, and writes tables and plots."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+
+import jax
 
 from benchmarks import suites
 from benchmarks.arguments import add_data_dir
@@ -85,17 +88,29 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.seeds < 1:
         raise SettingError("--seeds must be at least 1.")
-    if args.comparison in SUITES:
-        _refuse_trial_options(args)
-        sections = suites.run(SUITES[args.comparison], args.out, args.data_dir, args.quick)
-    else:
-        sections = _run_trials(args)
+    with _compiled_fast() if args.quick else contextlib.nullcontext():
+        if args.comparison in SUITES:
+            _refuse_trial_options(args)
+            sections = suites.run(SUITES[args.comparison], args.out, args.data_dir, args.quick)
+        else:
+            sections = _run_trials(args)
     text = "\n".join([f"Made by `{_command(args)}`.\n", *sections])
     (args.out / f"{args.comparison}.md").write_text(text, encoding="utf-8")
     if args.write_results is not None:
         write_region(args.write_results, args.comparison, text)
         console.print(f"Results: {args.write_results}", highlight=False)
     return 0
+
+
+@contextlib.contextmanager
+def _compiled_fast() -> Iterator[None]:
+    """For runs that are mostly compilation, and whose seconds say nothing."""
+    option = "jax_disable_most_optimizations"
+    jax.config.update(option, True)
+    try:
+        yield
+    finally:
+        jax.config.update(option, False)
 
 
 def _command(args: argparse.Namespace) -> str:
