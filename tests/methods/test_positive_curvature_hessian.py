@@ -74,6 +74,11 @@ def step_of(tx):
     return step
 
 
+def first_update(tx, grads, params, **functions):
+    """Updates and state after one step, compiled whole: one by one its operations take longer."""
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **functions))(grads, params)
+
+
 def losses(tx, steps, dtype=None):
     params, batch = params_of(dtype), batch_of(size=64, dtype=dtype)
     tx = optax.with_extra_args_support(tx)
@@ -110,7 +115,7 @@ def test_direction_solves_the_mixed_system(variant):
         operator = expected_operator(curvatures, params, layers)
     grads = jax.grad(objective)(params)
     tx = scale_by_positive_curvature(layers, mixing=mixing, **settings[variant])
-    found, state = tx.update(grads, tx.init(params), params, value_fn=objective)
+    found, state = first_update(tx, grads, params, value_fn=objective)
     expected = dense_direction(operator.as_matrix(), grads, mixing)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), found, expected
@@ -125,7 +130,7 @@ def test_the_papers_solution_is_within_its_residual():
     operator = expected_operator(expected_curvature(objective, params, layers), params, layers)
     grads = jax.grad(objective)(params)
     tx = scale_by_positive_curvature(layers, **PAPER)
-    found, state = tx.update(grads, tx.init(params), params, value_fn=objective)
+    found, state = first_update(tx, grads, params, value_fn=objective)
     damped = operator.scaled(0.98).damped(0.02)
     image = damped(dict(enumerate(jax.tree.leaves(found))))
     for index, gradient in enumerate(jax.tree.leaves(grads)):
@@ -137,9 +142,10 @@ def test_the_papers_solution_is_within_its_residual():
 def test_curvature_comes_from_its_own_batch():
     objective, other, params = objective_on(batch_of()), objective_on(batch_of(9, 8)), params_of()
     grads, tx = jax.grad(objective)(params), scale_by_positive_curvature(layers_of())
-    update = lambda value_fn, **kw: tx.update(  # noqa: E731
-        grads, tx.init(params), params, value_fn=value_fn, **kw
-    )[0]
+
+    def update(objective, **other):
+        return first_update(tx, grads, params, value_fn=objective, **other)[0]
+
     assert identical(update(objective, curvature_fn=other), update(other))
     assert not identical(update(objective, curvature_fn=other), update(objective))
 
@@ -152,7 +158,7 @@ def test_parameters_in_no_layer():
 
     def direction(**settings):
         tx = scale_by_positive_curvature(layers, **settings)
-        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]["scale"]
+        return first_update(tx, grads, params, value_fn=objective)[0]["scale"]
 
     np.testing.assert_allclose(direction(), grads["scale"])
     np.testing.assert_allclose(direction(fallback=optax.scale(3.0)), 3 * grads["scale"], rtol=1e-6)
@@ -187,7 +193,7 @@ def test_weight_decay():
     bare = scale_by_positive_curvature(layers_of())
 
     def update(tx, grads):
-        return tx.update(grads, tx.init(params), params, value_fn=objective)[0]
+        return first_update(tx, grads, params, value_fn=objective)[0]
 
     direction = update(bare, jax.tree.map(lambda g, p: g + 0.3 * p, grads, params))
     found = update(positive_curvature_hessian(0.1, layers_of(), weight_decay=0.3), grads)
