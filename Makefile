@@ -103,7 +103,7 @@ typecheck: $(DEV)  ## mypy
 	$(VENV)/bin/python -m mypy
 
 doctest: $(DEV)  ## the examples in docstrings, in README and in the documentation
-	$(VENV)/bin/python -m pytest --doctest-modules secondorder
+	$(VENV)/bin/python $(PYTEST) -p tests.conftest --doctest-modules secondorder
 	$(VENV)/bin/python $(PYTEST) -m pages tests
 
 notebooks: $(NOTEBOOKS)  ## executes the notebooks, and keeps their outputs in them
