@@ -207,8 +207,9 @@ def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
 
 
 def _label_decades(axis: Axis) -> None:
-    """Labels more than powers of ten, as plain numbers: what is drawn often spans little more."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Labels powers of ten as plain numbers, and more than these where there would be few."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
