@@ -50,16 +50,6 @@ def add_record_every(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_average(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--average``."""
-    parser.add_argument(
-        "--average",
-        type=float,
-        metavar="D",
-        help="record the losses of a moving average of the parameters with this decay",
-    )
-
-
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """Adds ``--data-dir``."""
     parser.add_argument(

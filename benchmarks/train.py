@@ -3,7 +3,6 @@
 import argparse
 
 from benchmarks.arguments import (
-    add_average,
     add_json,
     add_limits,
     add_problem,
@@ -27,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
     add_limits(parser)
     add_record_every(parser)
-    add_average(parser)
+    parser.add_argument(
+        "--average",
+        type=float,
+        metavar="D",
+        help="record the losses of a moving average of the parameters with this decay",
+    )
     add_settings(parser)
     add_json(parser)
 
