@@ -17,6 +17,23 @@ from jax.extend import core as jex_core
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 SCAN = "scan"
+# Primitives that return their first operand's elements where they were.
+IDENTITY = frozenset(
+    {
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "device_put",
+        "name",
+        "optimization_barrier",
+        "pcast",
+        "pvary",
+        "reduce_precision",
+        "reshard",
+        "sharding_constraint",
+        "mesh_cast",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from secondorder import jaxprs
 from secondorder.layers.discovery import Discovery, FoundUse, Plan, Site
-from secondorder.layers.provenance import IDENTITY
 
 
 class CaseAxis(NamedTuple):
@@ -57,7 +56,7 @@ class CaseUse(NamedTuple):
     outer: int
 
 
-_ELEMENTWISE = IDENTITY | frozenset(
+_ELEMENTWISE = jaxprs.IDENTITY | frozenset(
     {
         *("abs", "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atan2", "atanh"),
         *("cbrt", "ceil", "clamp", "cos", "cosh", "digamma", "div", "erf", "erf_inv", "erfc"),

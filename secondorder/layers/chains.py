@@ -21,13 +21,12 @@ from secondorder import jaxprs
 from secondorder.layers.discovery import Discovery, Plan, Site
 from secondorder.layers.layer import Layers, TracedLayer, trace_layers
 from secondorder.layers.probes import evaluate, make_probe, record
-from secondorder.layers.provenance import IDENTITY
 from secondorder.layers.uses import DENSE, Use, input_matrix, output_matrix, sum_outputs
 from secondorder.objective import Objective
 from secondorder.products import HIGHEST
 
 # A transpose moves units without mixing them; matrices of positions and units undo it.
-_ELEMENTWISE = IDENTITY | frozenset(
+_ELEMENTWISE = jaxprs.IDENTITY | frozenset(
     {
         *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2"),
         *("atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "cosh", "div"),

@@ -8,25 +8,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from secondorder.jaxprs import IDENTITY
 from secondorder.layers.views import AxisGroup, View, identity_view, regroup
-
-# Primitives that return their first operand's elements where they were.
-IDENTITY = frozenset(
-    {
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "device_put",
-        "name",
-        "optimization_barrier",
-        "pcast",
-        "pvary",
-        "reduce_precision",
-        "reshard",
-        "sharding_constraint",
-        "mesh_cast",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ outputs (``"sampled"``), are the columns of its square root (``"exact"``), or ar
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder import factors as kf
-from secondorder.layers.cases import CaseUse, MixedCasesError, divide_by_case, keeps_classes_apart
+from secondorder.layers.cases import CaseUse, MixedCasesError, divide_by_case
 from secondorder.layers.discovery import discover_outputs
 from secondorder.layers.layer import Layers, check_leaves, match_layers, trace_layers
 from secondorder.layers.probes import ModelPass, Tape, record, record_model
@@ -164,14 +163,8 @@ class LayerPass:
 _Drawn: TypeAlias = tuple[jax.Array, jax.Array]
 
 
-def _factor(loss: Callable[[Any], jax.Array], outputs: jax.Array) -> jax.Array:
-    """The square root of the outputs' Hessian, diagonal where the loss is seen to be."""
-    apart = keeps_classes_apart(loss, jax.ShapeDtypeStruct(outputs.shape, outputs.dtype))
-    return output_factor(loss, outputs, "diagonal" if apart else "dense")
-
-
 def _sampled(objective: Objective[Any], outputs: jax.Array, key: chex.PRNGKey) -> _Drawn:
-    row = sample_row(_factor(objective.loss, outputs), outputs, key)
+    row = sample_row(output_factor(objective.loss, outputs), outputs, key)
     return row, row
 
 
@@ -179,7 +172,7 @@ def _exact(objective: Objective[Any], outputs: jax.Array, key: chex.PRNGKey) -> 
     """All columns of the square root; a case has as many as outputs, over all its positions."""
     shape = outputs.shape
     flat = jnp.reshape(gather_axes(outputs, range(1, len(shape))), (shape[0], -1))
-    factor = _factor(lambda z: objective.loss(jnp.reshape(z, shape)), flat)
+    factor = output_factor(lambda z: objective.loss(jnp.reshape(z, shape)), flat)
     units = jnp.eye(flat.shape[1], dtype=factor.dtype)
     columns = jax.vmap(lambda e: apply_factor(factor, jnp.broadcast_to(e, flat.shape)))(units)
     signed = jnp.reshape(sample_row(factor, flat, key), shape)

@@ -188,7 +188,7 @@ def factor_gauss_newton(
     params: chex.ArrayTree,
     *,
     columns: Columns = "exact",
-    structure: OutputStructure = "dense",
+    structure: OutputStructure = "auto",
     key: chex.PRNGKey | None = None,
     trace: ModelTrace | None = None,
 ) -> GaussNewtonFactors:
@@ -208,8 +208,7 @@ def factor_gauss_newton(
         that many random combinations :math:`S_n \epsilon / \sqrt M` with random signs
         :math:`\epsilon`, whose matrix is positive semidefinite and right in the mean; for many
         outputs.
-      structure: Of the outputs' Hessian: ``"dense"``, or ``"diagonal"`` where the outputs of a case
-        have separate losses, which saves ``C`` products with it.
+      structure: Of the outputs' Hessian, see `output_factor`; by default as it is seen to be.
       key: Random key, needed with an integer ``columns``.
       trace: What `trace_or_reason` returned for this objective, if known.
 

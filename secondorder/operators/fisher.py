@@ -20,6 +20,7 @@ from secondorder.objective import Microbatches, Objective
 from secondorder.operators.gauss_newton import Linearization, linearize_model
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.operators.output_factor import (
+    OutputFactor,
     OutputStructure,
     apply_factor,
     check_outputs,
@@ -42,7 +43,7 @@ def fisher(
     params: chex.ArrayTree,
     key: chex.PRNGKey,
     samples: int = 1,
-    structure: OutputStructure = "dense",
+    structure: OutputStructure = "auto",
     noise: Noise = "rademacher",
 ) -> LinearOperator:
     r"""A sampled Fisher matrix, whose expectation is the Gauss-Newton matrix.
@@ -60,7 +61,8 @@ def fisher(
       params: The point, a pytree of arrays.
       key: PRNG key of the noise.
       samples: ``M``, at least 1, static.
-      structure: Of the Hessian of the loss within a case, ``"dense"`` or ``"diagonal"``.
+      structure: Of the Hessian of the loss within a case, see `output_factor`; by default as it is
+        seen to be.
       noise: Distribution of ``ε``: random signs, or ``"normal"``. Signs vary less, and are exact
         for ``C = 1``.
 
@@ -138,7 +140,7 @@ def gauss_newton_diagonal(
     params: chex.ArrayTree,
     key: chex.PRNGKey,
     probes: int = 1,
-    structure: OutputStructure = "dense",
+    structure: OutputStructure = "auto",
 ) -> chex.ArrayTree:
     r"""An unbiased estimate of the diagonal of the Gauss-Newton matrix.
 
@@ -152,7 +154,8 @@ def gauss_newton_diagonal(
       params: The point, a pytree of arrays.
       key: PRNG key of the signs.
       probes: ``K``, the number of backward passes, at least 1, static.
-      structure: Of the Hessian of the loss within a case, ``"dense"`` or ``"diagonal"``.
+      structure: Of the Hessian of the loss within a case, see `output_factor`; by default as it is
+        seen to be.
 
     Returns:
       A pytree like the vectors, float32 or wider, not negative.
@@ -241,7 +244,7 @@ def _linearize(piece: Objective[Any], params: chex.ArrayTree) -> Linearization:
 
 
 def sample_row(
-    factor: jax.Array, outputs: jax.Array, key: chex.PRNGKey, noise: Noise = "rademacher"
+    factor: OutputFactor, outputs: jax.Array, key: chex.PRNGKey, noise: Noise = "rademacher"
 ) -> jax.Array:
     r"""One sample of :math:`u = S \epsilon` for every case, whose second moment is the Hessian.
 

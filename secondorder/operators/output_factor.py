@@ -8,22 +8,44 @@ function of ``C`` numbers does. This is assumed and not checked.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from secondorder.checks import check_choice
+from secondorder.jaxprs import is_log_partition_loss
+from secondorder.layers.cases import keeps_classes_apart
 from secondorder.operators.gauss_newton import output_hessian
-from secondorder.sharding import gather_axes
+from secondorder.sharding import gather_axes, shard_like
 
-OutputStructure: TypeAlias = Literal["dense", "diagonal"]
+OutputStructure: TypeAlias = Literal["auto", "dense", "diagonal", "softmax"]
+
+
+class SoftmaxFactor(NamedTuple):
+    r"""Square roots :math:`\sqrt{w} (\mathrm{diag}(\sqrt p) - p \sqrt p^\top)`, in ``2 C`` numbers.
+
+    Attributes:
+      roots: Square roots of the probabilities ``p`` of the classes, array ``(N..., C)``.
+      scale: Square root of the weight of each case, array ``(N..., 1)``.
+    """
+
+    roots: jax.Array
+    scale: jax.Array
+
+    @property
+    def dtype(self) -> Any:
+        """That of the numbers."""
+        return self.roots.dtype
+
+
+OutputFactor: TypeAlias = jax.Array | SoftmaxFactor
 
 
 def output_factor(
-    loss: Callable[[Any], jax.Array], outputs: jax.Array, structure: OutputStructure = "dense"
-) -> jax.Array:
+    loss: Callable[[Any], jax.Array], outputs: jax.Array, structure: OutputStructure = "auto"
+) -> OutputFactor:
     r"""The factors :math:`S_n` of a loss that is convex in the outputs.
 
     Negative curvature is cut off: of a loss that is not convex they are the factors of the nearest
@@ -32,25 +54,35 @@ def output_factor(
     Args:
       loss: Maps outputs to a scalar.
       outputs: The outputs ``z``, array ``(N..., C)``.
-      structure: ``"dense"``: any coupling within a case, such as softmax cross entropy, at the cost
-        of ``C`` products with ``H`` and one eigendecomposition ``(C, C)`` per case.
-        ``"diagonal"``: no coupling at all, such as squared error or a cross entropy for each pixel,
-        at the cost of one product.
+      structure: Of :math:`H_n`.
+
+        * ``"dense"``: any coupling within a case, at the cost of ``C`` products with ``H`` and one
+          eigendecomposition ``(C, C)`` per case.
+        * ``"diagonal"``: no coupling at all, such as squared error or a cross entropy for each
+          pixel, at the cost of one product.
+        * ``"softmax"``: :math:`w_n (\mathrm{diag}(p_n) - p_n p_n^\top)` with probabilities
+          :math:`p_n` and a weight, as softmax cross entropies have, at the cost of one product.
+        * ``"auto"``: one of the last two where the loss is seen to be of that kind, else dense.
 
     Returns:
-      ``S``, array ``(N..., C, C)``, or ``(N..., C)`` for ``"diagonal"``; float32 or wider.
+      ``S``, array ``(N..., C, C)``, or ``(N..., C)`` for ``"diagonal"``, or a `SoftmaxFactor`;
+      float32 or wider.
 
     Raises:
       TypeError: If the outputs are not one floating-point array with at least one axis.
-      ValueError: If ``structure`` is none of the two.
+      ValueError: If ``structure`` is none of these.
 
     Example:
       >>> factor = output_factor(lambda z: 2 * jnp.sum(z**2), jnp.ones((3, 2)), "diagonal")
       >>> factor.tolist()
       [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
-    check_choice("structure", structure, ("dense", "diagonal"))
+    check_choice("structure", structure, ("auto", "dense", "diagonal", "softmax"))
     check_outputs(outputs)
+    if structure == "auto":
+        structure = _structure_of(loss, outputs)
+    if structure == "softmax":
+        return _softmax_factor(loss, widen_outputs(outputs))
     # The outputs of a case are decomposed together, on one device.
     wide = gather_axes(widen_outputs(outputs), [outputs.ndim - 1])
     product = output_hessian(loss, wide)
@@ -64,11 +96,11 @@ def output_factor(
     return _square_root(jnp.moveaxis(columns, 0, -1))
 
 
-def apply_factor(factor: jax.Array, vector: jax.Array) -> jax.Array:
+def apply_factor(factor: OutputFactor, vector: jax.Array) -> jax.Array:
     """The products ``S e`` of all cases.
 
     Args:
-      factor: ``S``, array ``(N..., C, C)``, or ``(N..., C)`` if it is diagonal.
+      factor: ``S``, as `output_factor` makes it.
       vector: ``e``, array ``(N..., C)``.
 
     Returns:
@@ -78,6 +110,10 @@ def apply_factor(factor: jax.Array, vector: jax.Array) -> jax.Array:
       >>> apply_factor(2 * jnp.ones((3, 2)), jnp.ones((3, 2)))[0].tolist()
       [2.0, 2.0]
     """
+    if isinstance(factor, SoftmaxFactor):
+        rooted = factor.roots * vector
+        total = jnp.sum(rooted, axis=-1, keepdims=True)
+        return factor.scale * (rooted - factor.roots**2 * total)
     if factor.ndim == vector.ndim:
         return factor * vector
     return jnp.einsum("...ij,...j->...i", factor, vector, precision=jax.lax.Precision.HIGHEST)
@@ -115,6 +151,30 @@ def widen_outputs(outputs: jax.Array) -> jax.Array:
       dtype('float32')
     """
     return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+
+def _structure_of(loss: Callable[[Any], jax.Array], outputs: jax.Array) -> OutputStructure:
+    """What can be read off the loss."""
+    like = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
+    if keeps_classes_apart(loss, like):
+        return "diagonal"
+    return "softmax" if is_log_partition_loss(loss, like) else "dense"
+
+
+def _softmax_factor(loss: Callable[[Any], jax.Array], outputs: jax.Array) -> SoftmaxFactor:
+    r"""The factor of :math:`w (\mathrm{diag}(p) - p p^\top)`.
+
+    The weights do not depend on the outputs. Where these are zero all classes are as likely, and
+    the first entry of the product with the first unit vector is :math:`w (C - 1) / C^2`.
+    """
+    classes = outputs.shape[-1]
+    first = jnp.arange(classes) == 0
+    unit = shard_like(jnp.broadcast_to(first.astype(outputs.dtype), outputs.shape), outputs)
+    product = output_hessian(loss, jnp.zeros_like(outputs))(unit)
+    weight = jnp.sum(product * unit, axis=-1, keepdims=True) * (classes**2 / max(classes - 1, 1))
+    return SoftmaxFactor(
+        jnp.sqrt(jax.nn.softmax(outputs, axis=-1)), jnp.sqrt(jnp.maximum(weight, 0))
+    )
 
 
 def _square_root(matrices: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -17,6 +18,7 @@ from secondorder.operators import (
     gauss_newton_diagonal,
     output_factor,
 )
+from secondorder.operators.output_factor import SoftmaxFactor
 from tests.operators.operator_models import (
     LOSSES,
     MODELS,
@@ -41,21 +43,25 @@ def block_diagonal(blocks):
 
 def square_of(factor, outputs):
     """``S Sᵀ`` of all cases, dense."""
-    if factor.ndim == outputs.ndim:
-        return jnp.diag(jnp.ravel(factor) ** 2)
-    blocks = factor.reshape(-1, *factor.shape[-2:])
+    units = jnp.eye(outputs.shape[-1])
+    columns = [apply_factor(factor, jnp.broadcast_to(unit, outputs.shape)) for unit in units]
+    blocks = jnp.stack(columns, -1).reshape(-1, *units.shape)
     return block_diagonal(blocks @ jnp.swapaxes(blocks, -1, -2))
 
 
+@pytest.mark.parametrize("structure", ["dense", "auto"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("model", ["mlp", "lstm"])
 @pytest.mark.usefixtures("x64")
-def test_factors_are_square_roots_of_the_output_hessian(model, loss):
+def test_factors_are_square_roots_of_the_output_hessian(model, loss, structure):
     """That of the whole batch: so these losses do couple nothing across cases."""
     objective, params = build(model, loss)
     outputs = objective.model(params)
-    factor = output_factor(objective.loss, outputs)
-    assert factor.shape == (*outputs.shape, outputs.shape[-1])
+    factor = output_factor(objective.loss, outputs, structure)
+    if structure == "dense":
+        assert factor.shape == (*outputs.shape, outputs.shape[-1])
+    else:
+        assert isinstance(factor, SoftmaxFactor) == (loss == "softmax")
     assert_close(square_of(factor, outputs), dense_output_hessian(objective, params), 1e-13)
 
 
@@ -70,8 +76,9 @@ def test_diagonal_factors():
     objective = so.Objective(lambda z: z, pixelwise)
     assert factor.shape == outputs.shape
     assert_close(square_of(factor, outputs), dense_output_hessian(objective, outputs), 1e-13)
-    dense = output_factor(pixelwise, outputs)
+    dense = output_factor(pixelwise, outputs, "dense")
     assert_close(square_of(dense, outputs), square_of(factor, outputs), 1e-13)
+    assert output_factor(pixelwise, outputs).shape == outputs.shape
 
 
 def test_apply_factor():
@@ -91,10 +98,38 @@ def test_negative_curvature_is_cut_off():
 
 def test_saturated_and_large_batches_have_finite_factors():
     outputs = jnp.concatenate([100 * normal(256, 10), jnp.zeros((256, 10))])
-    factor = jax.jit(lambda z: output_factor(lambda z: -jnp.mean(jax.nn.log_softmax(z)), z))(
-        outputs
-    )
-    assert np.all(np.isfinite(factor))
+    for structure in ("dense", "softmax"):
+        made = jax.jit(lambda z, s=structure: output_factor(_uniform_targets, z, s))(outputs)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(made))
+
+
+def _uniform_targets(logits):
+    return -jnp.mean(jax.nn.log_softmax(logits))
+
+
+@pytest.mark.usefixtures("x64")
+def test_factors_of_weighted_softmax_cross_entropies():
+    """Of masked cases, class weights, smoothed labels; and of confident predictions."""
+    outputs = 5 * normal(3, 2, 4)
+    labels, weights = jnp.array([[0, 1], [2, 3], [1, 1]]), jnp.array([1.0, 0.5, 2.0, 3.0])
+    mask = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+
+    def loss(z):
+        plain = optax.softmax_cross_entropy_with_integer_labels(z, labels)
+        smooth = optax.softmax_cross_entropy(z, 0.9 * jax.nn.one_hot(labels, 4) + 0.025)
+        return jnp.sum(mask * (weights[labels] * plain + smooth)) / jnp.sum(mask)
+
+    factor = output_factor(loss, outputs)
+    assert isinstance(factor, SoftmaxFactor)
+    expected = dense_output_hessian(so.Objective(lambda z: z, loss), outputs)
+    assert_close(square_of(factor, outputs), expected, 1e-13)
+
+
+def test_factors_of_many_classes_have_no_squares_of_their_number():
+    """A vocabulary of a language model: ``(C, C)`` for each position would be 2.5e9 numbers."""
+    outputs = jax.ShapeDtypeStruct((8, 50_000), jnp.float32)
+    factor = jax.eval_shape(lambda z: output_factor(_uniform_targets, z), outputs)
+    assert sum(leaf.size for leaf in jax.tree.leaves(factor)) == 8 * 50_001
 
 
 def test_factors_of_half_precision_outputs_are_wide():
@@ -111,7 +146,7 @@ def test_outputs_that_have_no_cases_are_refused(outputs):
 
 
 def test_unknown_structures_are_refused():
-    with pytest.raises(ValueError, match="`structure` must be one of 'dense', 'diagonal'"):
+    with pytest.raises(ValueError, match="`structure` must be one of 'auto', 'dense', 'diagonal'"):
         output_factor(jnp.sum, jnp.ones(2), "sparse")
 
 
