@@ -32,7 +32,8 @@ _CLASSIFIERS: Mapping[str, Grid] = {
     "shampoo": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "soap": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "kfac": {**_rates(0.01, 0.1), **_dampings(0.01, 0.1)},
-    "kfac-adaptive": {**_dampings(0.1, 1.0), "confirmation": (1.0, None)},
+    "kfac-adaptive": {**_dampings(0.01, 0.1), "confirmation": (2.0, None)},
+    "kfac-averaged": {**_dampings(0.1, 1.0), "confirmation": (1.0, 2.0)},
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-model": _dampings(1e-3, 1e-2, 0.1, 1.0),
@@ -50,7 +51,7 @@ _SUMS: Mapping[str, Grid] = {
     "adamw": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "kfac-jax": _dampings(0.1, 1.0, 10.0, 100.0),
     "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
-    "kfac-adaptive": {**_dampings(0.1, 1.0), "confirmation": (1.0, None)},
+    "kfac-adaptive": {**_dampings(0.1, 1.0), "confirmation": (2.0, None)},
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-model": _dampings(0.03, 0.1, 0.3, 1.0),
@@ -71,17 +72,23 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     # Two equal chunks compile once.
     "lrsfn": {"rank": 10, "chunk_size": 5, "damping": 0.1},
 }
-_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kfac-adaptive", "kbfgs-model")
+_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kfac-adaptive", "kfac-averaged", "kbfgs-model")
 
 
-def _contenders(grids: Mapping[str, Grid], curvature: int, blocks: str) -> tuple[Contender, ...]:
-    """Every method of the grids, with products on the first ``curvature`` samples of the batch."""
+def _contenders(
+    grids: Mapping[str, Grid], curvature: int, blocks: str, whole: tuple[str, ...] = ()
+) -> tuple[Contender, ...]:
+    """Every method of the grids, with products on the first ``curvature`` samples of the batch.
+
+    But for those methods that take the ``whole`` batch.
+    """
+    parts = set(_ON_PART_OF_THE_BATCH).difference(whole)
     return tuple(
         Contender(
             method,
             grid,
             {**_FIXED.get(method, {}), **({"blocks": blocks} if method == "bhf" else {})},
-            curvature_batch_size=curvature if method in _ON_PART_OF_THE_BATCH else None,
+            curvature_batch_size=curvature if method in parts else None,
         )
         for method, grid in grids.items()
     )
@@ -176,7 +183,10 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
         Trial(
             "all-shakespeare-transformer",
             "shakespeare-transformer",
-            _contenders(_CLASSIFIERS, curvature=8, blocks="layers"),
+            # A sequence costs K-FAC little, and eight of them are too few for its quadratic model.
+            _contenders(
+                _CLASSIFIERS, curvature=8, blocks="layers", whole=("kfac-adaptive", "kfac-averaged")
+            ),
             gradients=2500,
             train_size=4000,
             test_size=500,

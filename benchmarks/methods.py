@@ -389,6 +389,14 @@ _ALL = (
         work=kfac_work,
     ),
     Method(
+        name="kfac-averaged",
+        description="kfac-adaptive along averages of its directions",
+        factory=lambda: variants.averaged_kfac,
+        forwards_to=lambda: so.scale_by_quadratic_model,
+        defaults={"damping": 0.1, "update_every": 2, "plane_every": 5, "moment_decay": 0.9},
+        work=kfac_work,
+    ),
+    Method(
         name="shampoo",
         description="Shampoo, grafted with Adam (Gupta, Koren, Singer 2018; Anil et al. 2020)",
         factory=lambda: so.shampoo,

@@ -34,6 +34,33 @@ def modeled_kbfgs(
     return so.scale_by_quadratic_model(direction, **settings)
 
 
+def averaged_kfac(
+    layers: so.Layers,
+    average: float = 0.8,
+    update_every: int = 1,
+    inverse_every: int = 10,
+    moment_decay: float = 0.95,
+    **settings: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Adaptive K-FAC with an average of directions in place of each batch's own.
+
+    Args:
+        layers: The layers.
+        average: Decay of the average of directions.
+        update_every: Steps from one refresh of the factors to the next.
+        inverse_every: Of their inverses.
+        moment_decay: Decay of the averages of factors.
+        **settings: Those of the quadratic model.
+
+    Returns:
+        The optimizer.
+    """
+    kfac = so.scale_by_kfac(
+        layers, update_every=update_every, inverse_every=inverse_every, moment_decay=moment_decay
+    )
+    return so.scale_by_quadratic_model(optax.chain(kfac, optax.ema(average)), **settings)
+
+
 def warm_kbfgs(
     learning_rate: optax.ScalarOrSchedule,
     layers: so.Layers,

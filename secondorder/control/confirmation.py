@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from secondorder.sharding import replicated_zeros
 
-_DECAY = 0.9  # of the average of shares
+_DECAY = 0.8  # of the average of shares
 _BOUNDS = (-1.0, 3.0)  # of a single share, which is noisy
 _SHORTEST = 1 / 10
 
@@ -46,30 +46,39 @@ def init_confirmation(dtype: chex.ArrayDType) -> Confirmation:
     return Confirmation(share + 1, slope, curvature)
 
 
-def confirm(known: Confirmation, slope: jax.Array) -> Confirmation:
+def confirm(
+    known: Confirmation, slope: jax.Array, curvature: jax.Array | None = None
+) -> Confirmation:
     r"""Averages in what the batch after a step says of it.
 
     The step :math:`\delta` was made from a gradient :math:`g` with the noise of its batch, which
-    makes :math:`\delta^\top g` too negative. The gradient :math:`g_+` of the next batch, behind
-    the step, knows nothing of that noise:
+    makes :math:`\delta^\top g` too negative. The gradient :math:`g_+` and the curvature
+    :math:`B_+` of the next batch, behind the step, know nothing of that noise:
 
     .. math::
-      \sigma = \frac{\delta^\top g_+ - \delta^\top B \delta}{\delta^\top g} .
+      \sigma = \frac{\delta^\top g_+ - \delta^\top B_+ \delta}{\delta^\top g} .
+
+    The curvature of the step's own batch is too large along the step, which makes long steps
+    confirm themselves.
 
     Args:
       known: What is known, with :math:`\delta^\top g` and :math:`\delta^\top B \delta`.
       slope: :math:`\delta^\top g_+`.
+      curvature: :math:`\delta^\top B_+ \delta`; NaN where it was not computed, which leaves the
+        average as it is; None where it never is, for that of the step's own batch.
 
     Returns:
       The same with a new average, if there was a step, and without one to be confirmed.
 
     Example:
-      >>> known = Confirmation(jnp.float32(1), jnp.float32(-4), jnp.float32(2))
-      >>> round(float(confirm(known, jnp.float32(0)).share), 3)  # a tenth of 1/2, the rest of 1
-      0.95
+      >>> known = Confirmation(jnp.float32(1), jnp.float32(-4), jnp.float32(3))
+      >>> share = confirm(known, jnp.float32(0), jnp.float32(2)).share
+      >>> round(float(share), 3)  # a fifth of 1/2, the rest of 1
+      0.9
     """
-    has_step = (known.slope < 0) & jnp.isfinite(slope)
-    share = (slope - known.curvature) / jnp.where(has_step, known.slope, -1)
+    behind = known.curvature if curvature is None else curvature
+    has_step = (known.slope < 0) & jnp.isfinite(slope) & jnp.isfinite(behind)
+    share = (slope - behind) / jnp.where(has_step, known.slope, -1)
     average = _DECAY * known.share + (1 - _DECAY) * jnp.clip(share, *_BOUNDS)
     average = jnp.where(has_step, average, known.share).astype(known.share.dtype)
     return Confirmation(average, jnp.zeros_like(known.slope), known.curvature)

@@ -79,7 +79,7 @@ def minimize(
     shift: jax.Array,
     last: jax.Array,
     plane_is_due: jax.Array | None,
-) -> Step:
+) -> tuple[Step, jax.Array]:
     """The minimizer of the damped model on the plane, or on the line of the last proportions.
 
     Args:
@@ -91,7 +91,8 @@ def minimize(
       plane_is_due: Whether both coefficients are chosen; None if they always are.
 
     Returns:
-      The step.
+      The step; and the value of the Gauss-Newton matrix for the last step, NaN where it was not
+      asked for: on a line.
     """
     scaled = plane.scaled()
     slopes = jnp.stack([vectors.inner(gradient, v) for v in scaled])
@@ -102,13 +103,14 @@ def minimize(
     missing = 2 - len(scaled)
     slopes, gram = jnp.pad(slopes, (0, missing)), jnp.pad(gram, (0, missing))
 
-    def on_plane(_: jax.Array) -> Step:
+    def on_plane(_: jax.Array) -> tuple[Step, jax.Array]:
         found = forms(plane.basis, plane.scales[: len(scaled)])
         curvature = jnp.pad(found, (0, missing))
         best = minimize_on_plane(slopes, curvature + shift * gram)
-        return Step(best, _dot(slopes, best), _form(curvature, best), _form(gram, best))
+        step = Step(best, _dot(slopes, best), _form(curvature, best), _form(gram, best))
+        return step, curvature[1, 1]
 
-    def on_line(last: jax.Array) -> Step:
+    def on_line(last: jax.Array) -> tuple[Step, jax.Array]:
         known = last[0] != 0
         share = jnp.where(known, last[1] / jnp.where(known, last[0], 1), 0)
         line = jnp.stack([jnp.ones_like(share), share])
@@ -116,7 +118,7 @@ def minimize(
         unit = Step(line, _dot(slopes, line), curvature, _form(gram, line))
         damped = unit.curvature + shift * unit.square
         rate, _ = minimize_on_plane(jnp.pad(unit.slope[None], (0, 1)), _corner(damped))
-        return unit.times(rate)
+        return unit.times(rate), jnp.full_like(rate, jnp.nan)
 
     if plane_is_due is None or missing:
         return on_plane(last)

@@ -7,22 +7,40 @@ import pytest
 
 from secondorder.control import confirm, confirmed_length, init_confirmation
 
-DECAY = 0.9
+DECAY = 0.8
 
 
-def test_the_share_is_that_of_the_true_slope(x64):
-    """On a quadratic: the gradient behind the step, less what the step changed, is the true one."""
+@pytest.mark.parametrize("length", [1.0, 0.1])
+def test_the_share_is_that_of_the_true_slope(x64, length):
+    """On a quadratic: the gradient behind a step, less what the step changed, is the true one.
+
+    Whatever its length, and though the step's own batch has another curvature.
+    """
     rng = np.random.default_rng(0)
-    root = rng.normal(size=(5, 5))
-    matrix, true, noise = root @ root.T, rng.normal(size=5), rng.normal(size=5)
+    matrix, own = ((root := rng.normal(size=(5, 5))) @ root.T for _ in range(2))
+    true, noise = rng.normal(size=5), rng.normal(size=5)
     noisy = true + noise
-    step = -np.linalg.solve(matrix + np.eye(5), noisy)
+    step = -length * np.linalg.solve(own + np.eye(5), noisy)
     known = init_confirmation(jnp.float64)._replace(
-        slope=jnp.asarray(step @ noisy), curvature=jnp.asarray(step @ matrix @ step)
+        slope=jnp.asarray(step @ noisy), curvature=jnp.asarray(step @ own @ step)
     )
-    found = confirm(known, jnp.asarray(step @ (true + matrix @ step)))
+    behind = jnp.asarray(step @ (true + matrix @ step))
+    found = confirm(known, behind, jnp.asarray(step @ matrix @ step))
     share = (step @ true) / (step @ noisy)
     np.testing.assert_allclose(found.share, DECAY + (1 - DECAY) * share, rtol=1e-12)
+    assert found.slope == 0
+
+
+def test_the_own_curvature_stands_for_that_of_the_next_batch():
+    known = init_confirmation(jnp.float32)._replace(slope=jnp.float32(-4), curvature=jnp.float32(2))
+    same = confirm(known, jnp.float32(0), jnp.float32(2))
+    assert confirm(known, jnp.float32(0)).share == same.share < 1
+
+
+def test_a_curvature_that_was_not_computed_changes_nothing_but_ends_the_wait():
+    known = init_confirmation(jnp.float32)._replace(slope=jnp.float32(-4))
+    found = confirm(known, jnp.float32(0), jnp.float32(jnp.nan))
+    assert found.share == 1
     assert found.slope == 0
 
 

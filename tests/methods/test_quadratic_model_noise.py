@@ -104,3 +104,28 @@ def test_at_a_learning_rate_the_multiple_is_refused():
     layers = so.find_layers(objective, jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="confirmation"):
         so.kfac(0.1, layers, confirmation=None)
+
+
+@pytest.mark.parametrize(("momentum", "low", "high"), [(True, -0.1, 0.1), (False, 0.3, 1.0)])
+def test_noise_is_not_confirmed_however_long_the_step(x64, momentum, low, high):
+    """The curvature of a step's own batch is too large along it; that of the next batch is not.
+
+    Which without momentum is not computed.
+    """
+    size, cases = 20, 10
+    tx = so.scale_by_quadratic_model(damping=1e-3, confirmation=None, momentum=momentum)
+
+    def objective_on(key):
+        inputs, targets = jnp.split(jax.random.normal(key, (cases, size + 1)), [size], axis=1)
+        return so.Objective(lambda p: inputs @ p, lambda z: jnp.mean((z - targets[:, 0]) ** 2) / 2)
+
+    def share(key):
+        params, step = jnp.zeros(size), training_step(tx, objective_on)  # at the minimum
+        state = tx.init(params)
+        for part in jax.random.split(key):
+            params, state = step(params, state, part)
+        average = state.metrics.confirmed
+        return (average - 0.8) / 0.2  # the average begins at one
+
+    shares = jax.jit(jax.vmap(share))(jax.random.split(jax.random.key(1), 400))
+    assert low < np.mean(shares) < high
