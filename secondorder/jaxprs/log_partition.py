@@ -109,7 +109,9 @@ def _linear(equation: Any, operands: Sequence[_Kind], classes: int) -> _Kind:
 
 def _rearranged(equation: Any, operands: Sequence[_Kind], classes: int) -> _Kind:
     """Rows stay rows where the last axis does, and their sums are one by one what they are."""
-    kind = operands[0]
+    if len(operands) > 1:
+        return _linear(equation, operands, classes)
+    (kind,) = operands
     if kind is _Kind.PARTITIONS or (kind is not _Kind.LINEAR and _keeps_rows(equation, classes)):
         return kind
     return _linear(equation, operands, classes)
