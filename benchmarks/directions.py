@@ -1,0 +1,236 @@
+"""``directions``: measures how the layers' parts of a direction of K-FAC agree, and what is noise.
+
+At the parameters that some steps of Adam lead to, K-FAC sees batch after batch. Its last direction
+is then judged by the exact quadratic model, part by part and as a whole, on the batch that it was
+made from and on batches that it knows nothing of.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+import secondorder as so
+from benchmarks.arguments import add_json, add_problem, add_settings, load_data
+from benchmarks.display import console, print_table
+from benchmarks.methods import METHODS
+from benchmarks.problems import PROBLEMS, Batch, Params, Problem
+from benchmarks.records import open_writer, versions
+from benchmarks.settings import SettingError, parse_settings
+from benchmarks.steps import (
+    BatchSizes,
+    build_optimizer,
+    compile_step,
+    epoch_orders,
+    initial_state,
+    training_step,
+)
+from secondorder.operators import gauss_newton_forms
+from secondorder.tree import inner
+
+_COLUMNS = ("part", "rate", "share", "promise\nown batch", "promise\nothers")
+_OTHERS = 6  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The quadratic model of batches on the span of the parts of a direction.
+
+    Attributes:
+        slopes: Products of the gradient with the parts ``(P,)``.
+        curvature: The Gauss-Newton matrix on them ``(P, P)``.
+    """
+
+    slopes: NDArray[np.float64]
+    curvature: NDArray[np.float64]
+
+    def promise(self, coefficients: NDArray[np.float64]) -> float:
+        """How much the objective falls by a step, at the best multiple of it."""
+        slope = float(self.slopes @ coefficients)
+        curvature = float(coefficients @ self.curvature @ coefficients)
+        return slope**2 / (2 * curvature) if slope > 0 < curvature else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A step, judged.
+
+    Attributes:
+        name: Of the parts that it has.
+        rate: Multiple of the direction that is best for its own batch, damping included; None for
+            several.
+        share: Of the slope on its own batch, how much there is on others.
+        own: What its own batch promises at best.
+        others: What others promise at best.
+    """
+
+    name: str
+    rate: float | None
+    share: float
+    own: float
+    others: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_problem(parser)
+    parser.add_argument("--steps", type=int, default=125, help="of Adam; default %(default)s")
+    parser.add_argument(
+        "--rate", type=float, default=1e-3, help="learning rate of Adam; default %(default)s"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=33, help="for K-FAC to see; default %(default)s"
+    )
+    add_settings(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if min(args.steps, args.batches) < 1:
+        raise SettingError("--steps and --batches must be at least 1.")
+    problem, settings = PROBLEMS[args.problem], parse_settings(args.settings)
+    data = Batch.put(load_data(problem, args).train)
+    size = args.batch_size or problem.batch_size
+    orders = epoch_orders(len(data.inputs), size, args.seed)
+    batches = (jnp.asarray(batch) for order in orders for batch in order)
+    start = jax.jit(problem.init)(jax.random.key(args.seed))
+    params = _trained(problem, start, data, itertools.islice(batches, args.steps), size, args.rate)
+    seen = list(itertools.islice(batches, args.batches))
+    others = jnp.concatenate(list(itertools.islice(batches, _OTHERS)))
+    try:
+        rows = measure(problem, params, data, seen, others, settings)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"scale_by_kfac: {error}") from error
+    cells = [dataclasses.astuple(row) for row in rows]
+    print_table(f"{problem.name}, after {args.steps} steps of Adam", _COLUMNS, cells)
+    console.print("The own batch is the one that the direction was made from.", highlight=False)
+    with open_writer(args.json) as write:
+        for row in rows:
+            header = {"problem": problem.name, "steps": args.steps, "batch_size": size}
+            write(
+                {**dataclasses.asdict(row), **header, "settings": settings, "versions": versions()}
+            )
+    return 0
+
+
+def measure(
+    problem: Problem,
+    params: Params,
+    data: Batch,
+    seen: Sequence[jax.Array],
+    others: jax.Array,
+    settings: dict[str, Any],
+) -> list[Row]:
+    """Judges K-FAC's direction at some parameters.
+
+    Args:
+        problem: The problem.
+        params: The parameters.
+        data: Its samples.
+        seen: Indices of the batches that K-FAC sees; it is judged after the last.
+        others: Indices of samples that it does not see.
+        settings: Of `scale_by_kfac`.
+
+    Returns:
+        A row for each layer and each leaf in no layer, one for the direction, and one for the step
+        with a coefficient for each of these parts.
+    """
+
+    def objective_on(indices: jax.Array) -> so.Objective[Params]:
+        return problem.objective(data.take(indices))
+
+    layers = so.find_layers(objective_on(seen[0]), params)
+    tx = so.scale_by_kfac(layers, **settings)
+
+    @jax.jit
+    def update(state: Any, indices: jax.Array) -> tuple[Params, Any]:
+        objective = objective_on(indices)
+        value, grads = jax.value_and_grad(objective)(params)
+        return tx.update(grads, state, params, value=value, grad=grads, value_fn=objective)
+
+    state = tx.init(params)
+    for indices in seen:
+        direction, state = update(state, indices)
+    names, parts = zip(*_parts(layers, direction), strict=True)
+
+    @jax.jit
+    def model(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        objective = objective_on(indices)
+        gradient = jax.grad(objective)(params)
+        slopes = jnp.stack([inner(gradient, part) for part in parts])
+        return slopes, gauss_newton_forms(objective, params)(parts)
+
+    own, other = (
+        Model(*(np.asarray(array, np.float64) for array in model(indices)))
+        for indices in (seen[-1], others)
+    )
+    squares = np.array([float(inner(part, part)) for part in parts])
+    damping = float(settings.get("damping", 1e-3)) * np.diag(squares)
+    return judge(names, own, other, damping)
+
+
+def judge(
+    names: Sequence[str], own: Model, other: Model, damping: NDArray[np.float64]
+) -> list[Row]:
+    """Judges every part, all of them, and the best combination of them.
+
+    Args:
+        names: Of the parts.
+        own: The model of the batch that the direction was made from.
+        other: The model of others.
+        damping: What is added to the curvature ``(P, P)``.
+
+    Returns:
+        As many rows as parts, and two.
+    """
+    damped = own.curvature + damping
+
+    def row(name: str, step: NDArray[np.float64], has_rate: bool = True) -> Row:
+        slope = float(own.slopes @ step)
+        rate = slope / float(step @ damped @ step) if has_rate else None
+        share = float(other.slopes @ step) / slope
+        return Row(name, rate, share, own.promise(step), other.promise(step))
+
+    parts = [row(name, unit) for name, unit in zip(names, np.eye(len(names)), strict=True)]
+    best = np.linalg.lstsq(damped, own.slopes, rcond=None)[0].astype(np.float64)
+    return [*parts, row("all", np.ones(len(names))), row("a rate each", best, has_rate=False)]
+
+
+def _trained(
+    problem: Problem,
+    params: Params,
+    data: Batch,
+    batches: Iterator[jax.Array],
+    size: int,
+    rate: float,
+) -> Params:
+    """The parameters after steps of Adam."""
+    adam = METHODS["adam"]
+    settings = adam.settings(problem, {"learning_rate": rate, "eps": 1e-8})
+    optimizer = build_optimizer(problem, adam, settings, params, data, size)
+    state = initial_state(optimizer, params)
+    function = training_step(problem, optimizer, adam, settings, BatchSizes(size))
+    step = compile_step(function, state, data, jnp.arange(size))
+    for batch in batches:
+        state, _ = step.call(state, data, batch)
+    return state.params
+
+
+def _parts(layers: so.Layers, direction: Params) -> Iterator[tuple[str, Params]]:
+    """The direction in each layer and in each leaf that is in none, zero elsewhere."""
+    leaves, structure = jax.tree.flatten(direction)
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(direction)
+    ]
+    groups = [(*layer.leaves,) for layer in layers.layers]
+    groups += [(index,) for index, _ in layers.unassigned]
+    for group in groups:
+        kept = [leaf if i in group else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
+        yield paths[group[0]], jax.tree.unflatten(structure, kept)
