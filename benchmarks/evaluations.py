@@ -191,6 +191,14 @@ def kfac_work(state: optax.OptState, site: Site) -> Work:
     return modeled._replace(curvature=modeled.curvature + passes)
 
 
+def layerwise_kfac_work(state: optax.OptState, site: Site) -> Work:
+    """The work of K-FAC with a rate for each layer: a vector for each, in every so many steps."""
+    rates = optax.tree_utils.tree_get(state, "rates")
+    every = int(site.settings["rates_every"])
+    plain = kfac_work(state, site)
+    return plain._replace(curvature=plain.curvature + _BACKWARD * rates.size / every)
+
+
 def kfac_jax_work(state: optax.OptState, site: Site) -> Work:
     """The work of kfac_jax: sampled cotangents, and its quadratic model in every step."""
     return kfac_work(state, site._replace(settings={"plane_every": 1, "learning_rate": None}))

@@ -27,6 +27,7 @@ from benchmarks.evaluations import (
     kfac_jax_work,
     kfac_work,
     layer_statistics_work,
+    layerwise_kfac_work,
     levenberg_marquardt_work,
     linesearch_work,
     low_rank_work,
@@ -395,6 +396,14 @@ _ALL = (
         forwards_to=lambda: so.scale_by_quadratic_model,
         defaults={"damping": 0.1, "update_every": 2, "plane_every": 5, "moment_decay": 0.9},
         work=kfac_work,
+    ),
+    Method(
+        name="kfac-layerwise",
+        description="kfac-adaptive with a rate for each layer, from the quadratic model",
+        factory=lambda: variants.layerwise_kfac,
+        forwards_to=lambda: so.scale_by_quadratic_model,
+        defaults={"damping": 0.1, "update_every": 2, "plane_every": 5, "moment_decay": 0.9},
+        work=layerwise_kfac_work,
     ),
     Method(
         name="shampoo",

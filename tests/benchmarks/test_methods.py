@@ -23,7 +23,7 @@ PROBLEM = PROBLEMS["digits-cnn"]
 # Methods that find the length of their steps themselves.
 WITHOUT_RATE = {
     *("lbfgs", "lsr1", "hf", "bhf", "shf", "sgn", "lm", "pch", "ksd", "newton-cg", "sfn"),
-    *("kbfgs-model", "kfac-adaptive", "kfac-averaged"),
+    *("kbfgs-model", "kfac-adaptive", "kfac-averaged", "kfac-layerwise"),
 }
 
 
