@@ -34,6 +34,7 @@ _CLASSIFIERS: Mapping[str, Grid] = {
     "kfac": {**_rates(0.01, 0.1), **_dampings(0.01, 0.1)},
     "kfac-adaptive": {**_dampings(0.01, 0.1), "confirmation": (2.0, None)},
     "kfac-averaged": {**_dampings(0.1, 1.0), "confirmation": (1.0, 2.0)},
+    "kfac-layerwise": {**_dampings(0.01, 0.1), "confirmation": (2.0, 4.0)},
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-model": _dampings(1e-3, 1e-2, 0.1, 1.0),
@@ -52,6 +53,7 @@ _SUMS: Mapping[str, Grid] = {
     "kfac-jax": _dampings(0.1, 1.0, 10.0, 100.0),
     "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
     "kfac-adaptive": {**_dampings(0.1, 1.0), "confirmation": (2.0, None)},
+    "kfac-layerwise": {**_dampings(0.1, 1.0), "confirmation": (2.0, 4.0)},
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-model": _dampings(0.03, 0.1, 0.3, 1.0),
@@ -72,7 +74,8 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     # Two equal chunks compile once.
     "lrsfn": {"rank": 10, "chunk_size": 5, "damping": 0.1},
 }
-_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kfac-adaptive", "kfac-averaged", "kbfgs-model")
+_ADAPTIVE_KFAC = ("kfac-adaptive", "kfac-averaged", "kfac-layerwise")
+_ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kbfgs-model", *_ADAPTIVE_KFAC)
 
 
 def _contenders(
@@ -184,9 +187,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
             "all-shakespeare-transformer",
             "shakespeare-transformer",
             # A sequence costs K-FAC little, and eight of them are too few for its quadratic model.
-            _contenders(
-                _CLASSIFIERS, curvature=8, blocks="layers", whole=("kfac-adaptive", "kfac-averaged")
-            ),
+            _contenders(_CLASSIFIERS, curvature=8, blocks="layers", whole=_ADAPTIVE_KFAC),
             gradients=2500,
             train_size=4000,
             test_size=500,
