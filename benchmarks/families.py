@@ -33,7 +33,6 @@ _CLASSIFIERS: Mapping[str, Grid] = {
     "soap": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "kfac": {**_rates(0.01, 0.1), **_dampings(0.01, 0.1)},
     "kfac-adaptive": {**_dampings(0.01, 0.1), "confirmation": (2.0, None)},
-    "kfac-averaged": {**_dampings(0.1, 1.0), "confirmation": (1.0, 2.0)},
     "kfac-layerwise": {**_dampings(0.01, 0.1), "confirmation": (2.0, 4.0)},
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
@@ -74,7 +73,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     # Two equal chunks compile once.
     "lrsfn": {"rank": 10, "chunk_size": 5, "damping": 0.1},
 }
-_ADAPTIVE_KFAC = ("kfac-adaptive", "kfac-averaged", "kfac-layerwise")
+_ADAPTIVE_KFAC = ("kfac-adaptive", "kfac-layerwise")
 _ON_PART_OF_THE_BATCH = ("hf", "bhf", "lrsfn", "kbfgs-model", *_ADAPTIVE_KFAC)
 
 
