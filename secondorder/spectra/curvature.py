@@ -1,6 +1,5 @@
 """The matrix that a user asks for, and its blocks; checks of the arguments."""
 
-import collections
 import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeAlias
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from secondorder import operators
 from secondorder.checks import check_choice, check_static_count
 from secondorder.layers import Layers
+from secondorder.layers.blocks import layer_blocks
 from secondorder.objective import check_has_arrays, check_split, check_value_fn
 from secondorder.operators import LinearOperator
 from secondorder.tree import Blocks, Distribution, label_blocks, one_block, random_vector
@@ -169,7 +169,7 @@ def _check_real(params: chex.ArrayTree, caller: str) -> None:
 def _partition(blocks: Any, params: chex.ArrayTree) -> Blocks:
     """The partition of the parameters that a user asks for."""
     if isinstance(blocks, Layers):
-        return _layer_blocks(blocks, params)
+        return layer_blocks(blocks, params)
     if isinstance(blocks, str) and blocks == "layers":
         return label_blocks(None, params)
     if not isinstance(blocks, Blocks):
@@ -180,25 +180,3 @@ def _partition(blocks: Any, params: chex.ArrayTree) -> Blocks:
             f"`blocks` partitions {len(blocks.labels)} arrays, and there are {count} in `params`."
         )
     return blocks
-
-
-def _layer_blocks(layers: Layers, params: chex.ArrayTree) -> Blocks:
-    """Weight and bias of a layer are a block, and every leaf in no layer."""
-    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(params))
-    if shapes != tuple(leaf.shape for leaf in layers.leaves):
-        raise ValueError(
-            "`blocks` are layers of other parameters; call so.find_layers(objective, params) with "
-            "these."
-        )
-    labels = [leaf.path for leaf in layers.leaves]
-    parents = collections.Counter(_parent(labels[layer.weight]) for layer in layers.layers)
-    for layer in layers.layers:
-        weight = labels[layer.weight]
-        alone = parents[_parent(weight)] == 1 and _parent(weight)
-        for leaf in layer.leaves:
-            labels[leaf] = alone or weight
-    return label_blocks(jax.tree.unflatten(jax.tree.structure(params), labels), params)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
