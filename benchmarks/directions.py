@@ -31,8 +31,9 @@ from benchmarks.steps import (
     initial_state,
     training_step,
 )
-from secondorder.operators import gauss_newton_forms
-from secondorder.tree import inner
+from secondorder.layers.blocks import parameter_blocks
+from secondorder.operators import block_gauss_newton_forms
+from secondorder.tree import block_inner
 
 _COLUMNS = ("part", "rate", "share", "promise\nown batch", "promise\nothers")
 _OTHERS = 6  # batches
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if min(args.steps, args.batches) < 1:
         raise SettingError("--steps and --batches must be at least 1.")
-    problem, settings = PROBLEMS[args.problem], parse_settings(args.settings)
+    problem = PROBLEMS[args.problem]
+    settings = {"damping": 1e-3, **parse_settings(args.settings)}
     data = Batch.put(load_data(problem, args).train)
     size = args.batch_size or problem.batch_size
     orders = epoch_orders(len(data.inputs), size, args.seed)
@@ -111,12 +113,11 @@ def run(args: argparse.Namespace) -> int:
     cells = [dataclasses.astuple(row) for row in rows]
     print_table(f"{problem.name}, after {args.steps} steps of Adam", _COLUMNS, cells)
     console.print("The own batch is the one that the direction was made from.", highlight=False)
+    header = {"problem": problem.name, "steps": args.steps, "batch_size": size}
+    header |= {"settings": settings, "versions": versions()}
     with open_writer(args.json) as write:
         for row in rows:
-            header = {"problem": problem.name, "steps": args.steps, "batch_size": size}
-            write(
-                {**dataclasses.asdict(row), **header, "settings": settings, "versions": versions()}
-            )
+            write({**dataclasses.asdict(row), **header})
     return 0
 
 
@@ -136,7 +137,7 @@ def measure(
         data: Its samples.
         seen: Indices of the batches that K-FAC sees; it is judged after the last.
         others: Indices of samples that it does not see.
-        settings: Of `scale_by_kfac`.
+        settings: Of `scale_by_kfac`, the damping among them.
 
     Returns:
         A row for each layer and each leaf in no layer, one for the direction, and one for the step
@@ -158,22 +159,20 @@ def measure(
     state = tx.init(params)
     for indices in seen:
         direction, state = update(state, indices)
-    names, parts = zip(*_parts(layers, direction), strict=True)
+    blocks = parameter_blocks(layers, params)
 
     @jax.jit
     def model(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         objective = objective_on(indices)
-        gradient = jax.grad(objective)(params)
-        slopes = jnp.stack([inner(gradient, part) for part in parts])
-        return slopes, gauss_newton_forms(objective, params)(parts)
+        slopes = block_inner(blocks, jax.grad(objective)(params), direction)
+        return slopes, block_gauss_newton_forms(objective, params, blocks)(direction)
 
     own, other = (
         Model(*(np.asarray(array, np.float64) for array in model(indices)))
         for indices in (seen[-1], others)
     )
-    squares = np.array([float(inner(part, part)) for part in parts])
-    damping = float(settings.get("damping", 1e-3)) * np.diag(squares)
-    return judge(names, own, other, damping)
+    squares = np.asarray(block_inner(blocks, direction, direction))
+    return judge(blocks.names, own, other, settings["damping"] * np.diag(squares))
 
 
 def judge(
@@ -221,16 +220,3 @@ def _trained(
     for batch in batches:
         state, _ = step.call(state, data, batch)
     return state.params
-
-
-def _parts(layers: so.Layers, direction: Params) -> Iterator[tuple[str, Params]]:
-    """The direction in each layer and in each leaf that is in none, zero elsewhere."""
-    leaves, structure = jax.tree.flatten(direction)
-    paths = [
-        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(direction)
-    ]
-    groups = [(*layer.leaves,) for layer in layers.layers]
-    groups += [(index,) for index, _ in layers.unassigned]
-    for group in groups:
-        kept = [leaf if i in group else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
-        yield paths[group[0]], jax.tree.unflatten(structure, kept)

@@ -27,7 +27,6 @@ from benchmarks.evaluations import (
     kfac_jax_work,
     kfac_work,
     layer_statistics_work,
-    layerwise_kfac_work,
     levenberg_marquardt_work,
     linesearch_work,
     low_rank_work,
@@ -233,6 +232,8 @@ _KBFGS_CLASSIFIERS: Mapping[str, Mapping[str, Any]] = {
     for name in ("digits-cnn", "mnist-lenet5", "mnist-lenet5-bn", "fashion-lenet5")
 }
 
+_ADAPTIVE_KFAC = {"damping": 0.1, "update_every": 2, "plane_every": 5, "moment_decay": 0.9}
+
 _ALL = (
     Method(
         name="sgd",
@@ -380,12 +381,16 @@ _ALL = (
         description="K-FAC with steps and damping from a quadratic model (Martens, Grosse 2015)",
         factory=lambda: functools.partial(so.kfac, None),
         forwards_to=lambda: so.scale_by_kfac,
-        defaults={
-            "damping": 0.1,
-            "update_every": 2,
-            "plane_every": 5,
-            "moment_decay": 0.9,
-        },
+        defaults=_ADAPTIVE_KFAC,
+        is_second_order=True,
+        work=kfac_work,
+    ),
+    Method(
+        name="kfac-layerwise",
+        description="kfac-adaptive with a rate for each layer, from the quadratic model",
+        factory=lambda: functools.partial(so.kfac, None, layer_rates=True),
+        forwards_to=lambda: so.scale_by_kfac,
+        defaults=_ADAPTIVE_KFAC,
         is_second_order=True,
         work=kfac_work,
     ),
@@ -394,16 +399,8 @@ _ALL = (
         description="kfac-adaptive along averages of its directions",
         factory=lambda: variants.averaged_kfac,
         forwards_to=lambda: so.scale_by_quadratic_model,
-        defaults={"damping": 0.1, "update_every": 2, "plane_every": 5, "moment_decay": 0.9},
+        defaults=_ADAPTIVE_KFAC,
         work=kfac_work,
-    ),
-    Method(
-        name="kfac-layerwise",
-        description="kfac-adaptive with a rate for each layer, from the quadratic model",
-        factory=lambda: variants.layerwise_kfac,
-        forwards_to=lambda: so.scale_by_quadratic_model,
-        defaults={"damping": 0.1, "update_every": 2, "plane_every": 5, "moment_decay": 0.9},
-        work=layerwise_kfac_work,
     ),
     Method(
         name="shampoo",

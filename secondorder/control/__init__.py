@@ -23,6 +23,7 @@ from secondorder.control.line_search import (
 )
 from secondorder.control.plane import minimize_on_plane
 from secondorder.control.radius import RadiusRule, follow_slope, next_radius, reduction_ratio
+from secondorder.control.rates import part_rates
 
 __all__ = [
     "Confirmation",
@@ -43,6 +44,7 @@ __all__ = [
     "next_radius",
     "nielsen_damping",
     "optimal_rate",
+    "part_rates",
     "raised_damping",
     "reduction_ratio",
 ]

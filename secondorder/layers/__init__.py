@@ -5,7 +5,7 @@
 * `uses`: one use of a weight in matrix form; `layer`: layers and `find_layers`; `report`.
 * `probes`: the inputs and output cotangents of all layers in one pass.
 * `statistics`: means and second moments of these; `groups`: layers of equal shape side by side.
-* `blocks`: the partition of the parameters by layers.
+* `blocks`: partitions of the parameters by layers or by labels.
 """
 
 from secondorder.layers.layer import Layer, Layers, find_layers

@@ -5,7 +5,7 @@ from typing import Any
 import chex
 import optax
 
-from secondorder.checks import check_range, is_number, is_zero
+from secondorder.checks import check_flag, check_range, is_number, is_zero
 from secondorder.control import DampingRule
 from secondorder.layers.layer import Layers
 from secondorder.methods.kfac import scale_by_kfac
@@ -16,7 +16,7 @@ from secondorder.methods.weight_decay import WeightDecayForm, check_weight_decay
 
 _ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
 # What stands for settings that are not given.
-_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY, _CONFIRMATION = 0.9, 5, 1, 2.0
+_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY, _RATES_EVERY, _CONFIRMATION = 0.9, 5, 1, 5, 2.0
 
 
 @with_settings_of(scale_by_kfac)
@@ -32,6 +32,8 @@ def kfac(
     damping_rule: DampingRule | None = None,
     adapt_every: int = _ADAPT_EVERY,
     plane_every: int = _PLANE_EVERY,
+    layer_rates: bool = False,
+    rates_every: int = _RATES_EVERY,
     confirmation: chex.Numeric | None = _CONFIRMATION,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,6 +66,9 @@ def kfac(
       adapt_every: Without a learning rate: judge a step every so many. Static.
       plane_every: Without a learning rate: choose both coefficients in every so many steps, and
         their common factor between. Static.
+      layer_rates: Without a learning rate: whether each layer, and each leaf in none, has a rate of
+        its own, chosen with the curvature between layers that the blocks neglect. Static.
+      rates_every: Choose these in every so many steps. Static.
       confirmation: Without a learning rate: multiple of the share of a step's slope that the next
         batch confirms, which is the longest part of it to be taken; None for all of it.
       **settings: Hyperparameters of `scale_by_kfac`.
@@ -96,6 +101,7 @@ def kfac(
     check_weight_decay(weight_decay, weight_decay_form)
     check_range("momentum", momentum, low=0, high=1)
     check_range("max_divergence", max_divergence, low=0, open_low=True)
+    check_flag("layer_rates", layer_rates)
     direction = scale_by_kfac(layers, **settings)
     if learning_rate is None:
         _check_settings_of_the_model(momentum, weight_decay_form)
@@ -105,13 +111,24 @@ def kfac(
             damping_rule=damping_rule,
             adapt_every=adapt_every,
             plane_every=plane_every,
+            parts=layers if layer_rates else None,
+            rates_every=rates_every,
             confirmation=confirmation,
             weight_decay=weight_decay,
             momentum=not is_zero(momentum),
             max_norm=max_norm,
             max_divergence=max_divergence,
         )
-    _check_no_settings_of_the_model(max_norm, damping_rule, adapt_every, plane_every, confirmation)
+    without_effect = {
+        "max_norm": max_norm is not None,
+        "damping_rule": damping_rule is not None,
+        "adapt_every": _differs(adapt_every, _ADAPT_EVERY),
+        "plane_every": _differs(plane_every, _PLANE_EVERY),
+        "layer_rates": layer_rates,
+        "rates_every": _differs(rates_every, _RATES_EVERY),
+        "confirmation": confirmation is None or _differs(confirmation, _CONFIRMATION),
+    }
+    _check_no_settings_of_the_model(without_effect)
     if max_divergence is not None:
         direction = limit_divergence(direction, learning_rate, max_divergence)
     links = with_weight_decay((direction,), weight_decay, weight_decay_form)
@@ -135,24 +152,15 @@ def _check_settings_of_the_model(
         )
 
 
-def _check_no_settings_of_the_model(
-    max_norm: chex.Numeric | None,
-    damping_rule: DampingRule | None,
-    adapt_every: int,
-    plane_every: int,
-    confirmation: chex.Numeric | None,
-) -> None:
+def _differs(given: chex.Numeric, default: float) -> bool:
+    """Whether a setting is known to be another than its default."""
+    return is_number(given) and given != default
+
+
+def _check_no_settings_of_the_model(is_given: dict[str, bool]) -> None:
     """Raises `ValueError` for what would have no effect at a learning rate."""
-    without_effect = {
-        "max_norm": max_norm is not None,
-        "damping_rule": damping_rule is not None,
-        "adapt_every": is_number(adapt_every) and adapt_every != _ADAPT_EVERY,
-        "plane_every": is_number(plane_every) and plane_every != _PLANE_EVERY,
-        "confirmation": confirmation is None
-        or (is_number(confirmation) and confirmation != _CONFIRMATION),
-    }
-    for name, is_given in without_effect.items():
-        if is_given:
+    for name, given in is_given.items():
+        if given:
             raise ValueError(
                 f"kfac: `{name}` is a setting of the quadratic model, which chooses the steps with "
                 "learning_rate=None; at a learning rate it has no effect."

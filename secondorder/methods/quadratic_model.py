@@ -31,7 +31,16 @@ from secondorder.control import (
     raised_damping,
     reduction_ratio,
 )
-from secondorder.methods.quadratic_model_step import Step, clip, combine, minimize, plane_of
+from secondorder.layers.blocks import parameter_blocks
+from secondorder.layers.layer import Layers
+from secondorder.methods.quadratic_model_step import (
+    Step,
+    clip,
+    combine,
+    minimize,
+    plane_of,
+    rates_of_parts,
+)
 from secondorder.methods.terminal import (
     Point,
     curvature_objective,
@@ -44,6 +53,7 @@ from secondorder.methods.transform import GuardedTransformation, make_transform
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import replicated_zeros, shard_like
+from secondorder.tree import Blocks, BlockSetting
 
 _NAME = "scale_by_quadratic_model"
 _REALS = ("damping", "ratio", "predicted", "confirmed", "rate", "momentum", "step_norm")
@@ -96,6 +106,8 @@ class ScaleByQuadraticModelState(NamedTuple):
       last_step: The last step, like the parameters, to look along and to be undone.
       suspect: Whether the last batch was not finite; a second one undoes the last step.
       confirmation: How much of the last steps' slopes the batches after them have confirmed.
+      rates: Those of the parts of the direction ``(L,)``, up to a common factor; empty without
+        parts.
       direction: State of the transform that gives the direction.
       metrics: What is reported.
     """
@@ -106,6 +118,7 @@ class ScaleByQuadraticModelState(NamedTuple):
     last_step: chex.ArrayTree
     suspect: jax.Array
     confirmation: Confirmation
+    rates: jax.Array | tuple[()]
     direction: optax.OptState
     metrics: QuadraticModelMetrics
 
@@ -119,6 +132,8 @@ def scale_by_quadratic_model(
     weight_decay: chex.Numeric = 0.0,
     momentum: bool = True,
     plane_every: int = 1,
+    parts: Layers | BlockSetting = None,
+    rates_every: int = 5,
     confirmation: chex.Numeric | None = 2.0,
     max_norm: chex.Numeric | None = None,
     max_divergence: chex.Numeric | None = None,
@@ -176,6 +191,14 @@ def scale_by_quadratic_model(
       momentum: Whether the last step has a share; it is kept in any case. Static.
       plane_every: Minimize on the plane in every so many steps only, and on the line of the last
         step's proportions between, which takes one pass forward instead of two. Static.
+      parts: Parts of the parameters in which the direction has rates of its own: a result of
+        `find_layers`; a function from the path of a leaf to the label of its part; or a pytree of
+        labels. The rates minimize the model on the parts, with Marquardt's damping and none below
+        zero, and :math:`d` is then the direction with them. It pays where layers want steps of
+        different lengths, as blocks that neglect what is between them give. None for one rate.
+        Static.
+      rates_every: Choose these rates in every so many steps, for as many more passes forward as
+        there are parts, each from its part to the outputs. Static.
       confirmation: Multiple :math:`c > 0`. What is best for a small batch is too long for all
         others: steps are multiplied by :math:`\min(1, c\, \bar\sigma)`, with the average share
         :math:`\bar\sigma` of the slope :math:`\delta^\top g` that the next batch confirms where
@@ -220,7 +243,8 @@ def scale_by_quadratic_model(
         "max_norm": max_norm,
         "max_divergence": max_divergence,
     }
-    _check_hyperparameters(damping, adapt_every, weight_decay, momentum, plane_every, limits)
+    periods = {"adapt_every": adapt_every, "plane_every": plane_every, "rates_every": rates_every}
+    _check_hyperparameters(damping, weight_decay, momentum, periods, limits)
     rule = _rule(damping, adapt_every) if damping_rule is None else damping_rule
     inner = optax.with_extra_args_support(optax.identity() if direction is None else direction)
     guards = isinstance(inner, GuardedTransformation)
@@ -235,6 +259,7 @@ def scale_by_quadratic_model(
             last_step=jax.tree.map(jnp.zeros_like, params),
             suspect=jnp.zeros((), bool),
             confirmation=init_confirmation(dtype),
+            rates=() if parts is None else _equal_rates(parameter_blocks(parts, params), dtype),
             direction=inner.init(params),
             metrics=zero_metrics(QuadraticModelMetrics, dtype, _REALS),
         )
@@ -273,12 +298,23 @@ def scale_by_quadratic_model(
             damping=state.damping + weight_decay,
         )
 
-        # 3. Its length and the share of the last step, from the model; then the limits.
+        # 3. The rates of its parts, if it has some.
+        shift, rates = state.damping + weight_decay, state.rates
+        if parts is not None:
+            blocks = parameter_blocks(parts, params)
+            rates = jax.lax.cond(
+                state.count % rates_every == 0,
+                lambda _: rates_of_parts(blocks, objective, params, point.gradient, vector, shift),
+                lambda rates: rates,
+                state.rates,
+            )
+            vector = vectors.block_scale(blocks, rates, vector)
+
+        # 4. Its length and the share of the last step, from the model; then the limits.
         with jax.named_scope("quadratic_model"):
             plane = plane_of(vector, state.last_step if momentum else None)
             is_due = None if plane_every == 1 else state.count % plane_every == 0
             last = state.coefficients / plane.scales
-            shift = state.damping + weight_decay
             free, behind = minimize(forms, point.gradient, plane, shift, last, is_due)
             known = confirm(
                 state.confirmation,
@@ -292,7 +328,7 @@ def scale_by_quadratic_model(
             predicted = step.slope + curvature / 2
             proposal = combine(step.coefficients, plane, params)
 
-        # 4. Every so often the ratio of actual to predicted reduction, and the damping.
+        # 5. Every so often the ratio of actual to predicted reduction, and the damping.
         usable &= all_finite((plane.scales, step))
         is_judged = (state.count + 1) % adapt_every == 0
         trial = _try(value_fn, point, proposal, weight_decay, is_judged | ~_has_step(state))
@@ -301,7 +337,7 @@ def scale_by_quadratic_model(
         ratio = jnp.where(is_judged | ~accepted, ratio, state.metrics.ratio)
         steered = jnp.where(is_judged, next_damping(rule, state.damping, ratio), state.damping)
 
-        # 5. A step, none, or the last one back.
+        # 6. A step, none, or the last one back.
         undoes = ~usable & state.suspect & _has_step(state)
         taken = _choose(usable & accepted, proposal, undoes, state.last_step)
         new = ScaleByQuadraticModelState(
@@ -313,6 +349,7 @@ def scale_by_quadratic_model(
             confirmation=Confirmation(
                 known.share, jnp.where(accepted, step.slope, 0), jnp.where(accepted, curvature, 0)
             ),
+            rates=rates,
             direction=() if guards else direction_state,
             metrics=_report(
                 state, rule, step, plane.scales, ratio, predicted, known, clipped, accepted
@@ -335,6 +372,10 @@ def _rule(damping: chex.Numeric, adapt_every: int) -> DampingRule:
         lower_by=(19 / 20) ** adapt_every,
         smallest=damping / 100,
     )
+
+
+def _equal_rates(blocks: Blocks, dtype: Any) -> jax.Array:
+    return 1 + replicated_zeros((len(blocks),), dtype)
 
 
 def _decayed(curvature: jax.Array, vector: chex.ArrayTree, weight_decay: chex.Numeric) -> jax.Array:
@@ -441,13 +482,17 @@ def _report(
 
 
 def _check_hyperparameters(
-    damping: Any, adapt_every: Any, weight_decay: Any, momentum: Any, plane_every: Any, limits: Any
+    damping: Any,
+    weight_decay: Any,
+    momentum: Any,
+    periods: dict[str, Any],
+    limits: dict[str, Any],
 ) -> None:
     """Raises `ValueError` for whatever can be judged before tracing."""
     check_range("damping", damping, low=0, open_low=True)
     check_range("weight_decay", weight_decay, low=0)
-    check_static_count("adapt_every", adapt_every)
-    check_static_count("plane_every", plane_every)
     check_flag("momentum", momentum)
+    for name, period in periods.items():
+        check_static_count(name, period)
     for name, limit in limits.items():
         check_range(name, limit, low=0, open_low=True)

@@ -1,15 +1,17 @@
-"""The step of `scale_by_quadratic_model`: the minimizer on the plane of two vectors, clipped."""
+"""The step of `scale_by_quadratic_model`: rates of parts, the minimizer on a plane, clipped."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from secondorder import tree as vectors
-from secondorder.control import minimize_on_plane
+from secondorder.control import minimize_on_plane, part_rates
+from secondorder.operators import block_gauss_newton_forms
 from secondorder.sharding import shard_like
+from secondorder.tree import Blocks
 
 
 class Plane(NamedTuple):
@@ -55,6 +57,36 @@ class Step(NamedTuple):
             quadratic * self.curvature,
             quadratic * self.square,
         )
+
+
+def rates_of_parts(
+    blocks: Blocks,
+    objective: Any,
+    params: chex.ArrayTree,
+    gradient: chex.ArrayTree,
+    direction: chex.ArrayTree,
+    shift: jax.Array,
+) -> jax.Array:
+    """The rates of the parts of a direction of any length; see `part_rates`.
+
+    Args:
+      blocks: The parts, ``L`` of them.
+      objective: A split objective.
+      params: The parameters.
+      gradient: The gradient.
+      direction: The direction.
+      shift: Damping and weight decay.
+
+    Returns:
+      The rates ``(L,)``.
+    """
+    with jax.named_scope("part_rates"):
+        scale = vectors.unit_scale(direction)
+        unit = jax.tree.map(lambda leaf: scale * leaf, direction)
+        matrix = block_gauss_newton_forms(objective, params, blocks)(unit)
+        squares = vectors.block_inner(blocks, unit, unit)
+        slopes = vectors.block_inner(blocks, gradient, unit)
+        return part_rates(slopes, matrix + shift * jnp.diag(squares))
 
 
 def plane_of(direction: chex.ArrayTree, last_step: chex.ArrayTree | None) -> Plane:

@@ -8,13 +8,18 @@
 * `fisher`: sampled and empirical Fisher matrices; estimates of diagonals.
 * `positive_curvature`: the positive-curvature Hessian of a chain of dense layers.
 * `expectation`: the same, with products of expectations for expectations of products.
-* `block_diagonal`: block-diagonal parts of any model, linearized once per block.
+* `block_diagonal`: block-diagonal parts of any model, linearized once per block, and
+  the values of the whole between blocks.
 * `factored`: the Gauss-Newton matrix of a model of linear layers by its factors; any blocks.
 * `dual`: exact solves with these factors, in the space of the outputs.
 * `engine`: which of the last three needs the least work.
 """
 
-from secondorder.operators.block_diagonal import block_gauss_newton, block_hessian
+from secondorder.operators.block_diagonal import (
+    block_gauss_newton,
+    block_gauss_newton_forms,
+    block_hessian,
+)
 from secondorder.operators.dual import dual_gram, dual_solve
 from secondorder.operators.engine import (
     ENGINES,
@@ -75,6 +80,7 @@ __all__ = [
     "Moment",
     "apply_factor",
     "block_gauss_newton",
+    "block_gauss_newton_forms",
     "block_hessian",
     "block_positive_curvature",
     "choose_engine",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from secondorder import operators
 from secondorder.checks import check_choice, check_static_count
 from secondorder.layers import Layers
-from secondorder.layers.blocks import layer_blocks
+from secondorder.layers.blocks import parameter_blocks
 from secondorder.objective import check_has_arrays, check_split, check_value_fn
 from secondorder.operators import LinearOperator
 from secondorder.tree import Blocks, Distribution, label_blocks, one_block, random_vector
@@ -169,7 +169,7 @@ def _check_real(params: chex.ArrayTree, caller: str) -> None:
 def _partition(blocks: Any, params: chex.ArrayTree) -> Blocks:
     """The partition of the parameters that a user asks for."""
     if isinstance(blocks, Layers):
-        return layer_blocks(blocks, params)
+        return parameter_blocks(blocks, params)
     if isinstance(blocks, str) and blocks == "layers":
         return label_blocks(None, params)
     if not isinstance(blocks, Blocks):

@@ -7,7 +7,11 @@ import pytest
 
 import secondorder as so
 from secondorder.objective import Microbatches
-from secondorder.operators.block_diagonal import block_gauss_newton, block_hessian
+from secondorder.operators.block_diagonal import (
+    block_gauss_newton,
+    block_gauss_newton_forms,
+    block_hessian,
+)
 from secondorder.tree.blocks import label_blocks, one_block
 from tests.operators.factored_models import block_mask, deep_mlp, each_leaf, product_cost
 from tests.operators.operator_models import (
@@ -108,6 +112,8 @@ def test_aux_and_microbatches():
         expected, matrix = both(params)
         assert np.any(expected)
         assert_close(matrix, expected, 1e-12)
+    expected, forms = (block_gauss_newton_forms(f, params, blocks)(params) for f in (whole, pieces))
+    assert_close(forms, expected, 1e-12)
 
 
 @pytest.mark.parametrize("depth", [3, 8])
@@ -120,3 +126,32 @@ def test_a_product_costs_one_pass_more_than_there_are_blocks(depth):
     # The forward passes of all blocks are one; the little above is elementwise.
     assert product <= (depth + 1) * 1.02
     assert setup <= 1.05
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.usefixtures("x64")
+def test_forms_are_those_of_the_dense_matrix(model):
+    objective, params = build(model, "softmax")
+    blocks = each_leaf(params)
+    vector = jax.tree.map(lambda p: jnp.cos(3 * p), params)
+    forms = jax.jit(lambda p, v: block_gauss_newton_forms(objective, p, blocks)(v))(params, vector)
+    leaves = jax.tree.leaves(vector)
+    parts = [
+        np.concatenate([np.ravel(x) * (i == k) for i, x in enumerate(leaves)])
+        for k in range(len(leaves))
+    ]
+    expected = np.stack(parts) @ dense_gauss_newton(objective, params) @ np.stack(parts).T
+    assert_close(forms, expected, 1e-12)
+
+
+def test_forms_cost_one_half_of_a_pass_for_each_block():
+    """Tangents start at their block: of the passes through all blocks, half are needed."""
+    objective, params = deep_mlp(8, 256, 8, 10)
+    blocks = label_blocks(None, params)
+
+    def work(evaluate):
+        return jax.jit(evaluate).lower(params).compile().cost_analysis()["flops"]
+
+    forms = work(lambda p: block_gauss_newton_forms(objective, p, blocks)(p))
+    # The pass itself, the change of each weight, and half of eight passes.
+    assert forms / work(objective) <= 1 + 1 + 4 * 1.02

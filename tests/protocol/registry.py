@@ -95,7 +95,8 @@ BLOCK_STATIC = (
 )  # fmt: skip
 SHAMPOO_STATIC = (*BLOCK_STATIC, "start_preconditioning_step", "root_order")
 KFAC_STATIC = ("update_every", "inverse_every", "seed")
-MODEL_STATIC = ("adapt_every", "plane_every")
+STEP_STATIC = ("adapt_every", "plane_every", "rates_every")
+MODEL_STATIC = (*STEP_STATIC, "parts")
 
 
 @with_settings_of(so.scale_by_quadratic_model)
@@ -238,9 +239,9 @@ REGISTRY = [
     Entry(
         "kfac-adaptive",
         so.kfac,
-        {"learning_rate": None, "damping": 0.1, "weight_decay": 1e-3, "plane_every": 2},
+        {"learning_rate": None, "damping": 0.1, "plane_every": 2, "layer_rates": True},
         (LAYERS,),
-        KFAC_STATIC + MODEL_STATIC,
+        KFAC_STATIC + STEP_STATIC,
         False,
         terminal=True,
     ),
@@ -312,7 +313,14 @@ REGISTRY = [
     Entry(
         "scale_by_quadratic_model",
         so.scale_by_quadratic_model,
-        {"damping": 0.1, "adapt_every": 1, "weight_decay": 1e-3, "max_norm": 10.0},
+        {
+            "damping": 0.1,
+            "adapt_every": 1,
+            "weight_decay": 1e-3,
+            "max_norm": 10.0,
+            "parts": str,  # every leaf for itself
+            "rates_every": 2,
+        },
         (),
         MODEL_STATIC,
         False,

@@ -59,7 +59,7 @@ class TestArguments:
         with pytest.raises(ValueError, match="partitions 1 arrays, and there are 2"):
             function(square, (jnp.ones(3), jnp.ones(1)), KEY, blocks=partition)
         layers = so.find_layers(lambda p: jnp.sum(jnp.ones((2, 3)) @ p), jnp.ones((3, 2)))
-        with pytest.raises(ValueError, match="layers of other parameters"):
+        with pytest.raises(ValueError, match="do not match the parameters"):
             function(square, jnp.ones((2, 3)), KEY, blocks=layers)
 
 
