@@ -169,11 +169,13 @@ def lsr1_work(state: optax.OptState, site: Site) -> Work:
 def quadratic_model_work(state: optax.OptState, site: Site) -> Work:
     """The work of a step from the quadratic model: two thirds of a gradient for each vector.
 
-    The objective after a step, which is evaluated in every so many, is spread over all.
+    The objective after a step, which is evaluated in every so many, is spread over all; and so are
+    the passes of the parts of a direction, each of which starts at its part: half of a vector's.
     """
-    del state
     plane_every = int(site.settings.get("plane_every", 1))
     vectors = 1 + 1 / plane_every
+    rates = jax.tree.leaves(optax.tree_utils.tree_get(state, "rates", ()))
+    vectors += sum(leaf.size for leaf in rates) / 2 / int(site.settings.get("rates_every", 5))
     trial = _FORWARD / int(site.settings.get("adapt_every", 5))
     return Work(batch=trial, curvature=_BACKWARD * vectors)
 
@@ -189,14 +191,6 @@ def kfac_work(state: optax.OptState, site: Site) -> Work:
         return Work(curvature=passes)
     modeled = quadratic_model_work(state, site)
     return modeled._replace(curvature=modeled.curvature + passes)
-
-
-def layerwise_kfac_work(state: optax.OptState, site: Site) -> Work:
-    """The work of K-FAC with a rate for each layer: a vector for each, in every so many steps."""
-    rates = optax.tree_utils.tree_get(state, "rates")
-    every = int(site.settings["rates_every"])
-    plain = kfac_work(state, site)
-    return plain._replace(curvature=plain.curvature + _BACKWARD * rates.size / every)
 
 
 def kfac_jax_work(state: optax.OptState, site: Site) -> Work:
