@@ -49,7 +49,7 @@ from secondorder.methods.terminal import (
     look,
     zero_metrics,
 )
-from secondorder.methods.transform import GuardedTransformation, make_transform
+from secondorder.methods.transform import GuardedTransformation, make_transform, spoiled_unless
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import replicated_zeros, shard_like
@@ -277,17 +277,16 @@ def scale_by_quadratic_model(
     ) -> tuple[chex.ArrayTree, ScaleByQuadraticModelState]:
         # 1. Value and gradient of the objective, with weight decay.
         known = updates if grad is None and direction is not None else grad
-        point = look(_NAME, value_fn, params, value, known, weight_decay)
+        point = look(_NAME, value_fn, params, value, known, weight_decay, zeroed=False)
         objective: Any = curvature_objective(_NAME, value_fn, curvature_fn)  # one that splits
         forms = gauss_newton_forms(objective, params)
 
-        # 2. The direction, which is told the damping. Of a batch that is not finite it sees NaN, if
-        # it guards its state itself, and else zeros.
+        # 2. The direction, which is told the damping, and of a batch that is not finite as well, if
+        # it guards its state itself.
         usable = point.usable & all_finite(updates)
-        decay = 0.0 if direction is None else weight_decay
-        gradient = _typed(updates, params, usable, jnp.nan if guards else 0.0, decay)
+        gradient = _typed(updates, params, 0.0 if direction is None else weight_decay)
         vector, direction_state = inner.update(
-            gradient,
+            spoiled_unless(usable, gradient) if guards else gradient,
             state.direction,
             params,
             **extra_args,
@@ -326,12 +325,14 @@ def scale_by_quadratic_model(
             step, clipped = clip(free, max_norm, max_divergence)
             curvature = step.curvature + weight_decay * step.square
             predicted = step.slope + curvature / 2
-            proposal = combine(step.coefficients, plane, params)
+
+            def propose() -> chex.ArrayTree:
+                return combine(step.coefficients, plane, params)
 
         # 5. Every so often the ratio of actual to predicted reduction, and the damping.
         usable &= all_finite((plane.scales, step))
         is_judged = (state.count + 1) % adapt_every == 0
-        trial = _try(value_fn, point, proposal, weight_decay, is_judged | ~_has_step(state))
+        trial = _try(value_fn, point, propose, weight_decay, is_judged | ~_has_step(state))
         accepted = jnp.isfinite(trial)
         ratio = reduction_ratio(point.value, trial, -predicted, point.resolution)
         ratio = jnp.where(is_judged | ~accepted, ratio, state.metrics.ratio)
@@ -339,7 +340,7 @@ def scale_by_quadratic_model(
 
         # 6. A step, none, or the last one back.
         undoes = ~usable & state.suspect & _has_step(state)
-        taken = _choose(usable & accepted, proposal, undoes, state.last_step)
+        taken = _choose(usable & accepted, propose(), undoes, state.last_step)
         new = ScaleByQuadraticModelState(
             count=optax.safe_increment(state.count),
             damping=jnp.where(accepted, steered, raised_damping(rule, state.damping)),
@@ -393,14 +394,17 @@ def _has_step(state: ScaleByQuadraticModelState) -> jax.Array:
 def _try(
     value_fn: Any,
     point: Point,
-    step: chex.ArrayTree,
+    propose: Callable[[], chex.ArrayTree],
     weight_decay: chex.Numeric,
     is_tried: jax.Array,
 ) -> jax.Array:
-    """The objective after a step that is tried, and else before it."""
+    """The objective after a step that is tried, and else before it.
+
+    The step is made in the branch: one from outside would have to be in memory in every step.
+    """
 
     def evaluate(_: jax.Array) -> jax.Array:
-        return decayed_value(value_fn, optax.apply_updates(point.params, step), weight_decay)
+        return decayed_value(value_fn, optax.apply_updates(point.params, propose()), weight_decay)
 
     return jax.lax.cond(is_tried, evaluate, lambda value: value, point.value)
 
@@ -436,20 +440,16 @@ def _stay(
 
 
 def _typed(
-    tree: chex.ArrayTree,
-    params: chex.ArrayTree,
-    usable: jax.Array,
-    otherwise: float,
-    weight_decay: chex.Numeric,
+    tree: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
 ) -> chex.ArrayTree:
-    """Updates with weight decay, float32 or wider, sharded as parameters, where they are usable."""
+    """Updates with weight decay, float32 or wider, sharded as parameters."""
     dtype = vectors.accumulation_dtype(params)
 
     def leaf(update: jax.Array, param: jax.Array) -> jax.Array:
         update = shard_like(update, param)
         if not is_zero(weight_decay):
             update = update.astype(dtype) + weight_decay * param.astype(dtype)
-        return jnp.where(usable, update, jnp.full_like(update, otherwise))
+        return update
 
     return jax.tree.map(leaf, tree, params)
 

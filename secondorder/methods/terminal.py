@@ -31,7 +31,7 @@ class Point(NamedTuple):
     Attributes:
       params: The parameters.
       value: The objective there, with weight decay, float32 or wider.
-      gradient: Its gradient, likewise; zero if the batch is not finite.
+      gradient: Its gradient, likewise.
       usable: Whether value and gradient are finite.
       resolution: Relative spacing of the numbers that the value was computed in; static.
     """
@@ -50,6 +50,7 @@ def look(
     value: jax.Array | None,
     grad: chex.ArrayTree | None,
     weight_decay: chex.Numeric,
+    zeroed: bool = True,
 ) -> Point:
     """Checks the arguments of an update, and completes what the caller did not give.
 
@@ -60,6 +61,7 @@ def look(
       value: The value there, or None to compute it.
       grad: The gradient there, or None to compute it.
       weight_decay: Coefficient of ``|params|^2 / 2`` in the objective.
+      zeroed: Whether a gradient that is not finite becomes zero, for methods that iterate on it.
 
     Returns:
       The point.
@@ -78,7 +80,8 @@ def look(
     resolution = coarsest_resolution(value)
     value, gradient = add_decay(value, grad, params, weight_decay)
     usable = all_finite((value, gradient))
-    gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
+    if zeroed:
+        gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
     return Point(params, value, gradient, usable, resolution)
 
 

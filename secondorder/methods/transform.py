@@ -15,6 +15,23 @@ class GuardedTransformation(optax.GradientTransformationExtraArgs):  # type: ign
     """A transform that leaves its own state whole, but for counters, if a batch is not finite."""
 
 
+def spoiled_unless(usable: jax.Array, updates: chex.ArrayTree) -> chex.ArrayTree:
+    """Tells a `GuardedTransformation` of a batch that something else in it is not finite.
+
+    Args:
+      usable: Whether all of the batch is finite.
+      updates: What the transform gets, a pytree of arrays.
+
+    Returns:
+      The updates; if not usable, with NaN in the smallest leaf, which tells as much as all would
+      and copies less.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    least = min(range(len(leaves)), key=lambda index: leaves[index].size)
+    leaves[least] = jnp.where(usable, leaves[least], jnp.full_like(leaves[least], jnp.nan))
+    return jax.tree.unflatten(structure, leaves)
+
+
 def make_transform(
     method: str, init: Callable[[Any], Any], update: Callable[..., Any]
 ) -> GuardedTransformation:
