@@ -175,7 +175,7 @@ def quadratic_model_work(state: optax.OptState, site: Site) -> Work:
     plane_every = int(site.settings.get("plane_every", 1))
     vectors = 1 + 1 / plane_every
     rates = jax.tree.leaves(optax.tree_utils.tree_get(state, "rates", ()))
-    vectors += sum(leaf.size for leaf in rates) / 2 / int(site.settings.get("rates_every", 5))
+    vectors += sum(leaf.size for leaf in rates) / 2 / int(site.settings.get("rates_every", 10))
     trial = _FORWARD / int(site.settings.get("adapt_every", 5))
     return Work(batch=trial, curvature=_BACKWARD * vectors)
 

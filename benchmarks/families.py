@@ -33,7 +33,7 @@ _CLASSIFIERS: Mapping[str, Grid] = {
     "soap": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "kfac": {**_rates(0.01, 0.1), **_dampings(0.01, 0.1)},
     "kfac-adaptive": {**_dampings(0.01, 0.1), "confirmation": (2.0, None)},
-    "kfac-layerwise": {**_dampings(0.01, 0.1), "confirmation": (2.0, 4.0)},
+    "kfac-layerwise": _dampings(0.01, 0.03, 0.1, 0.3),
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.03, 0.3)},
     "kbfgs-model": _dampings(1e-3, 1e-2, 0.1, 1.0),
@@ -52,7 +52,7 @@ _SUMS: Mapping[str, Grid] = {
     "kfac-jax": _dampings(0.1, 1.0, 10.0, 100.0),
     "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
     "kfac-adaptive": {**_dampings(0.1, 1.0), "confirmation": (2.0, None)},
-    "kfac-layerwise": {**_dampings(0.1, 1.0), "confirmation": (2.0, 4.0)},
+    "kfac-layerwise": _dampings(0.03, 0.1, 0.3, 1.0),
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-model": _dampings(0.03, 0.1, 0.3, 1.0),
@@ -65,6 +65,8 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     "adam": {"eps": 1e-8},
     "hf": {"max_iterations": 20},
     "bhf": {"max_iterations": 20},
+    # A short run of a tuning prefers longer steps or shorter ones, by where it ends.
+    "kfac-layerwise": {"confirmation": 4.0},
     # A bias of a thousand units would have a factor as large as its weight's.
     "shampoo": {"precondition_vectors": False},
     "kbfgs": {"update_every": 5},

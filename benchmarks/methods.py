@@ -390,7 +390,7 @@ _ALL = (
         description="kfac-adaptive with a rate for each layer, from the quadratic model",
         factory=lambda: functools.partial(so.kfac, None, layer_rates=True),
         forwards_to=lambda: so.scale_by_kfac,
-        defaults=_ADAPTIVE_KFAC,
+        defaults={**_ADAPTIVE_KFAC, "update_every": 5},
         is_second_order=True,
         work=kfac_work,
     ),

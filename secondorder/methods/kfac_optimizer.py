@@ -16,7 +16,7 @@ from secondorder.methods.weight_decay import WeightDecayForm, check_weight_decay
 
 _ADAPTIVE_DAMPING = 1.0  # where the quadratic model starts; it finds its own
 # What stands for settings that are not given.
-_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY, _RATES_EVERY, _CONFIRMATION = 0.9, 5, 1, 5, 2.0
+_MOMENTUM, _ADAPT_EVERY, _PLANE_EVERY, _RATES_EVERY, _CONFIRMATION = 0.9, 5, 1, 10, 2.0
 
 
 @with_settings_of(scale_by_kfac)

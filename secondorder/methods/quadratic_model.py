@@ -133,7 +133,7 @@ def scale_by_quadratic_model(
     momentum: bool = True,
     plane_every: int = 1,
     parts: Layers | BlockSetting = None,
-    rates_every: int = 5,
+    rates_every: int = 10,
     confirmation: chex.Numeric | None = 2.0,
     max_norm: chex.Numeric | None = None,
     max_divergence: chex.Numeric | None = None,
