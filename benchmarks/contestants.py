@@ -106,7 +106,7 @@ class MethodContestant:
         label: How the user wrote the method and its settings.
         method: The method.
         settings: All its settings.
-        period: Steps after which the cost repeats: ``update_every``.
+        period: Steps after which the cost repeats.
         setup_seconds: Time to make the optimizer, the search for layers included.
     """
 

@@ -124,8 +124,7 @@ class Method:
     def period(self, settings: Mapping[str, Any]) -> int:
         """Steps after which the cost of a step repeats, by the settings that are periods."""
         complete = self.complete(settings)
-        periods = ("update_every", "precondition_every")
-        return math.lcm(*(int(complete.get(name, 1)) for name in periods))
+        return math.lcm(*(int(v) for name, v in complete.items() if name.endswith("_every")))
 
     def complete(self, settings: Mapping[str, Any]) -> Settings:
         """The settings, and the factory's defaults of all others."""
@@ -140,9 +139,10 @@ class Method:
         """Gradients of one batch that so many steps evaluate, without what the state counts.
 
         Each step evaluates one, and each refresh ``extra_gradients`` more: the first step
-        refreshes, and so does every one that comes a `period` later.
+        refreshes, and so does every one that comes ``update_every`` steps later.
         """
-        return steps + self.extra_gradients * -(-steps // self.period(settings))
+        every = int(self.complete(settings).get("update_every", 1))
+        return steps + self.extra_gradients * -(-steps // every)
 
     def build(self, context: Context, settings: Settings) -> optax.GradientTransformationExtraArgs:
         """Makes the transform, in the one interface of this package and of optax.

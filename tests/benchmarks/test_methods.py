@@ -91,12 +91,15 @@ def test_precedence_of_settings():
     }
 
 
-def test_period_is_update_every():
+def test_period_is_that_of_all_settings_together():
     def factory(learning_rate, layers, update_every=4, weight_decay=0.0): ...
+
+    def two(learning_rate, update_every=4, inverse_every=6): ...
 
     method = Method("m", "", factory=lambda: factory)
     assert method.period({}) == 4
     assert method.period({"update_every": 7}) == 7
+    assert Method("m", "", factory=lambda: two).period({}) == 12
     assert METHODS["adam"].period({}) == 1
     with pytest.raises(SettingError, match="no setting layers"):
         method.settings(PROBLEM, {"layers": 1})
