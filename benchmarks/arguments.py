@@ -13,16 +13,20 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     """Adds ``--problem`` and the options that change its size."""
     parser.add_argument("--problem", required=True, choices=sorted(PROBLEMS), metavar="P")
     parser.add_argument("--batch-size", type=int, metavar="B", help="default: the problem's own")
+    parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
+    add_data_dir(parser)
+    parser.add_argument("--train-size", type=int, metavar="N", help="use N training samples")
+    parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
+
+
+def add_curvature_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--curvature-batch-size``."""
     parser.add_argument(
         "--curvature-batch-size",
         type=int,
         metavar="N",
         help="samples for the curvature: a part of the batch, or more; default: left to the method",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
-    add_data_dir(parser)
-    parser.add_argument("--train-size", type=int, metavar="N", help="use N training samples")
-    parser.add_argument("--test-size", type=int, metavar="N", help="use N test samples")
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.arguments import add_json, add_problem, add_settings, load_data
+from benchmarks.arguments import add_curvature_batch, add_json, add_problem, add_settings, load_data
 from benchmarks.contestants import (
     Contestant,
     GradientContestant,
@@ -44,6 +44,7 @@ _COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_problem(parser)
+    add_curvature_batch(parser)
     parser.add_argument(
         "--methods",
         required=True,

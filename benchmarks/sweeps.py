@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from benchmarks.arguments import (
+    add_curvature_batch,
     add_json,
     add_limits,
     add_problem,
@@ -51,6 +52,7 @@ class Result:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the runs."""
     add_problem(parser)
+    add_curvature_batch(parser)
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
     add_limits(parser)
     add_record_every(parser)

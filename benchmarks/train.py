@@ -3,6 +3,7 @@
 import argparse
 
 from benchmarks.arguments import (
+    add_curvature_batch,
     add_json,
     add_limits,
     add_problem,
@@ -23,6 +24,7 @@ from benchmarks.training import EpochRecord, Run, RunOptions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_problem(parser)
+    add_curvature_batch(parser)
     parser.add_argument("--method", required=True, choices=sorted(METHODS), metavar="M")
     add_limits(parser)
     add_record_every(parser)

@@ -6,7 +6,6 @@ number for each row, whatever the targets are: integers, probabilities, smoothed
 """
 
 import enum
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -139,7 +138,7 @@ def _sum(equation: Any, operands: Sequence[_Kind], classes: int) -> _Kind:
 
 def _is_per_row(atom: Any) -> bool:
     """Whether an operand has one number for a row, or one for all."""
-    return math.prod(atom.aval.shape[-1:]) == 1
+    return atom.aval.shape[-1:] in ((), (1,))
 
 
 def _product(equation: Any, operands: Sequence[_Kind], classes: int) -> _Kind:

@@ -123,8 +123,8 @@ def minimize(
       plane_is_due: Whether both coefficients are chosen; None if they always are.
 
     Returns:
-      The step; and the value of the Gauss-Newton matrix for the last step, NaN where it was not
-      asked for: on a line.
+      The step; and the value of the Gauss-Newton matrix for the last step: NaN on a line, and of no
+      meaning without a last step.
     """
     scaled = plane.scaled()
     slopes = jnp.stack([vectors.inner(gradient, v) for v in scaled])

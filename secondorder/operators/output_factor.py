@@ -8,7 +8,7 @@ function of ``C`` numbers does. This is assumed and not checked.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def output_factor(
       >>> factor.tolist()
       [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
-    check_choice("structure", structure, ("auto", "dense", "diagonal", "softmax"))
+    check_choice("structure", structure, get_args(OutputStructure))
     check_outputs(outputs)
     if structure == "auto":
         structure = _structure_of(loss, outputs)
