@@ -138,6 +138,8 @@ def block_gauss_newton_forms(
       >>> blocks = label_blocks(lambda path: path, params)
       >>> block_gauss_newton_forms(objective, params, blocks)(params).tolist()
       [[1.0, 2.0], [2.0, 4.0]]
+
+    Source: as `gauss_newton_forms`, by the linearizations of `block_gauss_newton`.
     """
 
     def forms(vector: chex.ArrayTree) -> jax.Array:
