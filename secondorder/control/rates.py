@@ -28,8 +28,9 @@ def part_rates(slopes: jax.Array, matrix: jax.Array, caution: chex.Numeric = 1.0
       curvature have a rate of one, and so do all if none has a rate above zero.
 
     Example:
-      >>> part_rates(jnp.array([1.0, 28.0]), jnp.diag(jnp.array([1.0, 4.0]))).round(2).tolist()
-      [0.20000000298023224, 1.399999976158142]
+      >>> rates = part_rates(jnp.array([1.0, 28.0]), jnp.diag(jnp.array([1.0, 4.0])))
+      >>> [round(float(rate), 3) for rate in rates]  # 1 to 28/4
+      [0.2, 1.4]
 
     Source: Marquardt (1963), An algorithm for least-squares estimation of nonlinear parameters, for
     the damping.
