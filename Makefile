@@ -72,7 +72,7 @@ endef
 help:  ## lists the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(DEV)  ## trains two networks with the methods of the package, Adam and SGD; a table, and a plot in demo.png
+demo: $(DEV)  ## trains two networks with seven methods; a table, and a plot in demo.png
 	$(VENV)/bin/python -m benchmarks demo
 
 test: $(DEV)  ## the tests, but for slow ones
