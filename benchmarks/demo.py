@@ -1,4 +1,4 @@
-"""``demo``: trains two small networks with six methods, and compares in a table and a plot.
+"""``demo``: trains two small networks with seven methods, and compares in a table and a plot.
 
 It needs no data files: scikit-learn ships the handwritten digits.
 """
