@@ -11,7 +11,7 @@ The other parameters are closed over, so that their tangents are zeros that are 
 zero tangents would cost a product each, and XLA is known to have miscompiled them on CPUs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import chex
@@ -20,7 +20,12 @@ import jax.numpy as jnp
 
 from secondorder.jaxprs import canonical_convolutions
 from secondorder.objective import Microbatches, Objective, reparametrize, value_and_aux
-from secondorder.operators.gauss_newton import LinearizationMode, linearize_model, output_hessian
+from secondorder.operators.gauss_newton import (
+    Linearization,
+    LinearizationMode,
+    linearize_model,
+    output_hessian,
+)
 from secondorder.operators.linear_operator import LinearOperator, vectors_like
 from secondorder.operators.pieces import over_pieces
 from secondorder.sharding import replicate, replicated_zeros, sum_of_parts
@@ -91,15 +96,22 @@ def _gauss_newton_of_piece(
     objective: Objective[Any], params: chex.ArrayTree, blocks: Blocks, mode: LinearizationMode
 ) -> LinearOperator:
     """The operator of one split objective."""
-    leaves = jax.tree.leaves(params)
     products, hessian = [], None
-    for block in range(len(blocks)):
-        indices = blocks.leaves_of(block)
-        of_block = reparametrize(objective, embedding(params, indices))
-        at = linearize_model(of_block, [leaves[index] for index in indices], mode)
+    for at in _linearize_blocks(objective, params, blocks, mode):
         hessian = hessian or output_hessian(objective.loss, at.outputs, mode)
         products.append(_sandwich(at.forward, hessian, at.backward))
     return _assemble(products, blocks, params)
+
+
+def _linearize_blocks(
+    objective: Objective[Any], params: chex.ArrayTree, blocks: Blocks, mode: LinearizationMode
+) -> Iterator[Linearization]:
+    """The model as a function of each block, linearized, with the others held."""
+    leaves = jax.tree.leaves(params)
+    for block in range(len(blocks)):
+        indices = blocks.leaves_of(block)
+        of_block = reparametrize(objective, embedding(params, indices))
+        yield linearize_model(of_block, [leaves[index] for index in indices], mode)
 
 
 def _sandwich(
@@ -161,13 +173,9 @@ def _images_of_blocks(
     objective: Objective[Any], params: chex.ArrayTree, blocks: Blocks, vector: chex.ArrayTree
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """The stack of ``J v_k`` of all blocks of a vector, and the Hessian of the loss times it."""
-    leaves, moved = jax.tree.leaves(params), jax.tree.leaves(vector)
-    images, at = [], None
-    for block in range(len(blocks)):
-        indices = blocks.leaves_of(block)
-        of_block = reparametrize(objective, embedding(params, indices))
-        at = linearize_model(of_block, [leaves[index] for index in indices])
-        images.append(at.forward([moved[index] for index in indices]))
+    leaves, images, at = jax.tree.leaves(vector), [], None
+    for block, at in enumerate(_linearize_blocks(objective, params, blocks, "forward")):
+        images.append(at.forward([leaves[index] for index in blocks.leaves_of(block)]))
     if at is None:
         raise ValueError("There are no blocks.")
     stack = jax.tree.map(lambda *rows: jnp.stack(rows), *images)
