@@ -14,7 +14,7 @@ from secondorder.layers import Layers
 from secondorder.layers.blocks import parameter_blocks
 from secondorder.objective import check_has_arrays, check_split, check_value_fn
 from secondorder.operators import LinearOperator
-from secondorder.tree import Blocks, Distribution, label_blocks, one_block, random_vector
+from secondorder.tree import Blocks, Distribution, one_block, random_vector
 
 Matrix: TypeAlias = Literal["hessian", "gauss_newton"]
 # How a user says what the blocks are; see `make_curvature`.
@@ -168,12 +168,10 @@ def _check_real(params: chex.ArrayTree, caller: str) -> None:
 
 def _partition(blocks: Any, params: chex.ArrayTree) -> Blocks:
     """The partition of the parameters that a user asks for."""
-    if isinstance(blocks, Layers):
-        return parameter_blocks(blocks, params)
     if isinstance(blocks, str) and blocks == "layers":
-        return label_blocks(None, params)
+        blocks = None  # what `label_blocks` takes for leaves with the same parent
     if not isinstance(blocks, Blocks):
-        return label_blocks(blocks, params)
+        return parameter_blocks(blocks, params)
     count = len(jax.tree.leaves(params))
     if len(blocks.labels) != count:
         raise ValueError(
