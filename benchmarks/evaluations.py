@@ -169,15 +169,15 @@ def lsr1_work(state: optax.OptState, site: Site) -> Work:
 def quadratic_model_work(state: optax.OptState, site: Site) -> Work:
     """The work of a step from the quadratic model: two thirds of a gradient for each vector.
 
-    The objective after a step, which is evaluated in every so many, is spread over all; and so are
-    the passes of the parts of a direction, each of which starts at its part: half of a vector's.
+    Passes of the parts of a direction, each of which starts at its part and takes half of a
+    vector's, are spread over the steps between them.
     """
     plane_every = int(site.settings.get("plane_every", 1))
     vectors = 1 + 1 / plane_every
     rates = jax.tree.leaves(optax.tree_utils.tree_get(state, "rates", ()))
     vectors += sum(leaf.size for leaf in rates) / 2 / int(site.settings.get("rates_every", 10))
-    trial = _FORWARD / int(site.settings.get("adapt_every", 5))
-    return Work(batch=trial, curvature=_BACKWARD * vectors)
+    trials = _FORWARD * reported_count(state, "evaluations")
+    return Work(batch=trials, curvature=_BACKWARD * vectors)
 
 
 def kfac_work(state: optax.OptState, site: Site) -> Work:
@@ -194,8 +194,9 @@ def kfac_work(state: optax.OptState, site: Site) -> Work:
 
 
 def kfac_jax_work(state: optax.OptState, site: Site) -> Work:
-    """The work of kfac_jax: sampled cotangents, and its quadratic model in every step."""
-    return kfac_work(state, site._replace(settings={"plane_every": 1, "learning_rate": None}))
+    """The work of kfac_jax: sampled cotangents, its quadratic model, a value in five steps."""
+    work = kfac_work(state, site._replace(settings={"plane_every": 1, "learning_rate": None}))
+    return work._replace(batch=_FORWARD / 5)
 
 
 def sophia_work(state: optax.OptState, site: Site) -> Work:

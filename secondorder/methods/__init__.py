@@ -42,10 +42,10 @@ from secondorder.methods.positive_curvature import (
     positive_curvature_hessian,
     scale_by_positive_curvature,
 )
-from secondorder.methods.quadratic_model import (
+from secondorder.methods.quadratic_model import scale_by_quadratic_model
+from secondorder.methods.quadratic_model_state import (
     QuadraticModelMetrics,
     ScaleByQuadraticModelState,
-    scale_by_quadratic_model,
 )
 from secondorder.methods.saddle_free_newton import (
     SaddleFreeNewtonMetrics,

@@ -11,7 +11,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -25,7 +25,6 @@ from secondorder.control import (
     DampingRule,
     confirm,
     confirmed_length,
-    damping_bound,
     init_confirmation,
     next_damping,
     raised_damping,
@@ -33,8 +32,15 @@ from secondorder.control import (
 )
 from secondorder.layers.blocks import parameter_blocks
 from secondorder.layers.layer import Layers
+from secondorder.methods.quadratic_model_state import (
+    ScaleByQuadraticModelState,
+    has_step,
+    init_metrics,
+    report,
+    stay,
+)
 from secondorder.methods.quadratic_model_step import (
-    Step,
+    choose,
     clip,
     combine,
     minimize,
@@ -47,80 +53,15 @@ from secondorder.methods.terminal import (
     decayed_value,
     keep_unless,
     look,
-    zero_metrics,
 )
 from secondorder.methods.transform import GuardedTransformation, make_transform, spoiled_unless
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import replicated_zeros, shard_like
-from secondorder.tree import Blocks, BlockSetting
+from secondorder.tree import BlockSetting
 
 _NAME = "scale_by_quadratic_model"
-_REALS = ("damping", "ratio", "predicted", "confirmed", "rate", "momentum", "step_norm")
-
-
-class QuadraticModelMetrics(NamedTuple):
-    """What `scale_by_quadratic_model` reports, all scalars.
-
-    Attributes:
-      damping: Of the last model.
-      bound: Which bound of the rule that damping is at: -1 the lower, 1 the upper, 0 none, int32.
-        At the lower one from the start on, a smaller first damping may be better.
-      ratio: Actual over predicted reduction of the last step that was judged.
-      predicted: Change of the objective that the last model without damping promised.
-      confirmed: Share of the promised slopes that the batches after them had, on average. A
-        larger batch has more of them confirmed.
-      rate: Coefficient of the direction in the last step.
-      momentum: Coefficient of the step before.
-      step_norm: Length of the last step.
-      clipped: Steps that were shortened since `init`, int32.
-      rejections: Steps since `init` that were tried and not taken, as the objective behind them
-        was not finite, int32.
-      undone: Steps since `init` that were taken back, as two batches in a row behind them were not
-        finite, int32.
-      nonfinite_steps: Batches whose value, gradient, direction or curvature was not finite, int32.
-    """
-
-    damping: jax.Array
-    bound: jax.Array
-    ratio: jax.Array
-    predicted: jax.Array
-    confirmed: jax.Array
-    rate: jax.Array
-    momentum: jax.Array
-    step_norm: jax.Array
-    clipped: jax.Array
-    rejections: jax.Array
-    undone: jax.Array
-    nonfinite_steps: jax.Array
-
-
-class ScaleByQuadraticModelState(NamedTuple):
-    """State of `scale_by_quadratic_model`.
-
-    Attributes:
-      count: Steps so far, with those that were rejected, int32.
-      damping: That of the next model, float32 or wider.
-      coefficients: Those of the direction and of the step before in the last step, ``(2,)``; zero
-        where no step is behind: at first, and if it was rejected or undone.
-      last_step: The last step, like the parameters, to look along and to be undone.
-      suspect: Whether the last batch was not finite; a second one undoes the last step.
-      confirmation: How much of the last steps' slopes the batches after them have confirmed.
-      rates: Those of the parts of the direction ``(L,)``, up to a common factor; empty without
-        parts.
-      direction: State of the transform that gives the direction.
-      metrics: What is reported.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
-    damping: jax.Array
-    coefficients: jax.Array
-    last_step: chex.ArrayTree
-    suspect: jax.Array
-    confirmation: Confirmation
-    rates: jax.Array | tuple[()]
-    direction: optax.OptState
-    metrics: QuadraticModelMetrics
+_EARLY = 20  # Steps that are all judged, as a first damping that is too small shows at once.
 
 
 def scale_by_quadratic_model(
@@ -151,10 +92,12 @@ def scale_by_quadratic_model(
     :math:`\tau |\theta|^2 / 2` in it. Only products with ``J`` are needed, which two passes forward
     through one linearization give. In every ``adapt_every``-th step the objective is evaluated
     after it, and the damping :math:`\lambda` follows the ratio of the change to that which the
-    model without damping promised.
+    model without damping promised. In each of the first twenty steps it is evaluated, and a bad
+    ratio raises the damping: one that is too small shows at once, and in five steps leads anywhere.
 
-    A step behind which the objective is not finite is not taken, and the damping is raised by a
-    factor of four; the next step is tried as well, as the first one is. What leads to NaN untried
+    A step behind which the objective is not finite, or has risen by more than its size, is not
+    taken, and the damping is raised by a factor of four; the next step is tried as well, as the
+    first one is. What leads to NaN untried
     is undone: if two batches in a row behind a step are not finite, the update is minus that step,
     and the damping is raised. A single one can be bad data, and changes a counter only, as do more
     of them where nothing is left to be undone.
@@ -186,7 +129,7 @@ def scale_by_quadratic_model(
         the first damping: along a line the model predicts well whatever the direction is, so that
         a good ratio does not say that the direction could do with less. A first damping that is
         too large by more than that is never left; the metric ``bound`` tells.
-      adapt_every: Judge every so many steps. Static.
+      adapt_every: Judge every so many steps, and each of the first twenty. Static.
       weight_decay: :math:`\tau \ge 0`.
       momentum: Whether the last step has a share; it is kept in any case. Static.
       plane_every: Minimize on the plane in every so many steps only, and on the line of the last
@@ -259,9 +202,9 @@ def scale_by_quadratic_model(
             last_step=jax.tree.map(jnp.zeros_like, params),
             suspect=jnp.zeros((), bool),
             confirmation=init_confirmation(dtype),
-            rates=() if parts is None else _equal_rates(parameter_blocks(parts, params), dtype),
+            rates=() if parts is None else _equal_rates(parts, params),
             direction=inner.init(params),
-            metrics=zero_metrics(QuadraticModelMetrics, dtype, _REALS),
+            metrics=init_metrics(dtype),
         )
 
     def update(
@@ -331,16 +274,20 @@ def scale_by_quadratic_model(
 
         # 5. Every so often the ratio of actual to predicted reduction, and the damping.
         usable &= all_finite((plane.scales, step))
-        is_judged = (state.count + 1) % adapt_every == 0
-        trial = _try(value_fn, point, propose, weight_decay, is_judged | ~_has_step(state))
-        accepted = jnp.isfinite(trial)
+        is_due = (state.count + 1) % adapt_every == 0
+        is_judged = is_due | (state.count < _EARLY)
+        is_tried = is_judged | ~has_step(state)
+        trial = _try(value_fn, point, propose, weight_decay, is_tried)
         ratio = reduction_ratio(point.value, trial, -predicted, point.resolution)
+        accepted = jnp.isfinite(trial) & (trial - point.value <= jnp.abs(point.value))
         ratio = jnp.where(is_judged | ~accepted, ratio, state.metrics.ratio)
-        steered = jnp.where(is_judged, next_damping(rule, state.damping, ratio), state.damping)
+        steered = next_damping(rule, state.damping, ratio)
+        raised = jnp.where(is_judged, jnp.maximum(state.damping, steered), state.damping)
+        steered = jnp.where(is_due, steered, raised)
 
         # 6. A step, none, or the last one back.
-        undoes = ~usable & state.suspect & _has_step(state)
-        taken = _choose(usable & accepted, propose(), undoes, state.last_step)
+        undoes = ~usable & state.suspect & has_step(state)
+        taken = choose(usable & accepted, propose(), undoes, state.last_step)
         new = ScaleByQuadraticModelState(
             count=optax.safe_increment(state.count),
             damping=jnp.where(accepted, steered, raised_damping(rule, state.damping)),
@@ -352,11 +299,20 @@ def scale_by_quadratic_model(
             ),
             rates=rates,
             direction=() if guards else direction_state,
-            metrics=_report(
-                state, rule, step, plane.scales, ratio, predicted, known, clipped, accepted
+            metrics=report(
+                state,
+                rule,
+                step,
+                plane.scales,
+                ratio,
+                predicted,
+                known,
+                clipped,
+                is_tried,
+                accepted,
             ),
         )
-        stayed = _stay(state, undoes, rule)
+        stayed = stay(state, undoes, rule)
         if not guards:
             return taken, keep_unless(usable, new, stayed)
         # To select a state that can be many times larger than the parameters would copy all of it.
@@ -375,8 +331,9 @@ def _rule(damping: chex.Numeric, adapt_every: int) -> DampingRule:
     )
 
 
-def _equal_rates(blocks: Blocks, dtype: Any) -> jax.Array:
-    return 1 + replicated_zeros((len(blocks),), dtype)
+def _equal_rates(parts: Any, params: chex.ArrayTree) -> jax.Array:
+    count = len(parameter_blocks(parts, params))
+    return 1 + replicated_zeros((count,), vectors.accumulation_dtype(params))
 
 
 def _decayed(curvature: jax.Array, vector: chex.ArrayTree, weight_decay: chex.Numeric) -> jax.Array:
@@ -384,11 +341,6 @@ def _decayed(curvature: jax.Array, vector: chex.ArrayTree, weight_decay: chex.Nu
     if is_zero(weight_decay):
         return curvature
     return curvature + weight_decay * vectors.inner(vector, vector)
-
-
-def _has_step(state: ScaleByQuadraticModelState) -> jax.Array:
-    """Whether the parameters are where the last step led."""
-    return jnp.any(state.coefficients != 0)
 
 
 def _try(
@@ -409,36 +361,6 @@ def _try(
     return jax.lax.cond(is_tried, evaluate, lambda value: value, point.value)
 
 
-def _choose(
-    moves: jax.Array, step: chex.ArrayTree, undoes: jax.Array, last_step: chex.ArrayTree
-) -> chex.ArrayTree:
-    """The step, minus the last one, or zero."""
-
-    def leaf(new: jax.Array, last: jax.Array) -> jax.Array:
-        return jnp.where(moves, new, jnp.where(undoes, -last, jnp.zeros_like(last)))
-
-    return jax.tree.map(leaf, step, last_step)
-
-
-def _stay(
-    state: ScaleByQuadraticModelState, undoes: jax.Array, rule: DampingRule
-) -> ScaleByQuadraticModelState:
-    """The state after a batch that is not finite, which may undo the last step."""
-
-    def cleared(leaf: jax.Array) -> jax.Array:
-        return jnp.where(undoes, jnp.zeros_like(leaf), leaf)
-
-    metrics = state.metrics
-    return state._replace(
-        damping=jnp.where(undoes, raised_damping(rule, state.damping), state.damping),
-        coefficients=cleared(state.coefficients),
-        last_step=jax.tree.map(cleared, state.last_step),
-        confirmation=state.confirmation._replace(slope=cleared(state.confirmation.slope)),
-        suspect=jnp.ones_like(state.suspect),
-        metrics=metrics._replace(undone=metrics.undone + undoes),
-    )
-
-
 def _typed(
     tree: chex.ArrayTree, params: chex.ArrayTree, weight_decay: chex.Numeric
 ) -> chex.ArrayTree:
@@ -452,33 +374,6 @@ def _typed(
         return update
 
     return jax.tree.map(leaf, tree, params)
-
-
-def _report(
-    state: ScaleByQuadraticModelState,
-    rule: DampingRule,
-    step: Step,
-    scales: jax.Array,
-    ratio: jax.Array,
-    predicted: jax.Array,
-    known: Confirmation,
-    clipped: jax.Array,
-    accepted: jax.Array,
-) -> QuadraticModelMetrics:
-    """The metrics after a step."""
-    last, (rate, share) = state.metrics, step.coefficients * scales
-    return last._replace(
-        damping=state.damping,
-        bound=damping_bound(rule, state.damping),
-        ratio=ratio,
-        predicted=predicted,
-        confirmed=known.share,
-        rate=rate,
-        momentum=share,
-        step_norm=jnp.sqrt(jnp.maximum(step.square, 0)),
-        clipped=last.clipped + clipped,
-        rejections=last.rejections + ~accepted,
-    )
 
 
 def _check_hyperparameters(

@@ -201,6 +201,27 @@ def combine(coefficients: jax.Array, plane: Plane, like: chex.ArrayTree) -> chex
     return jax.tree.map(leaf, like, *plane.basis)
 
 
+def choose(
+    moves: jax.Array, step: chex.ArrayTree, undoes: jax.Array, last_step: chex.ArrayTree
+) -> chex.ArrayTree:
+    """The step, minus the last one, or zero.
+
+    Args:
+      moves: Whether it is the step.
+      step: The step.
+      undoes: Whether it is minus the last one, where it is not the step.
+      last_step: The last one.
+
+    Returns:
+      The update.
+    """
+
+    def leaf(new: jax.Array, last: jax.Array) -> jax.Array:
+        return jnp.where(moves, new, jnp.where(undoes, -last, jnp.zeros_like(last)))
+
+    return jax.tree.map(leaf, step, last_step)
+
+
 def _symmetric(triangle: list[list[jax.Array]]) -> jax.Array:
     """A matrix from the rows of its lower triangle."""
     size = range(len(triangle))
