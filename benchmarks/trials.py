@@ -13,6 +13,7 @@ Grid = Mapping[str, Sequence[Any]]
 
 # Compilation of a run, and what steps cost over the gradients that are counted.
 _COMPILE_SECONDS, _STEP_OVERHEAD = 20.0, 1.3
+_QUICK_BATCH = 100
 # Where a trial takes all samples: about as many as the largest problems have.
 _ALL_SAMPLES = (60000, 10000)
 
@@ -102,7 +103,7 @@ class Trial:
         Returns:
             A trial of one point for each method.
         """
-        batch = 100
+        batch = min(_QUICK_BATCH, self.batch_size or PROBLEMS[self.problem].batch_size)
         chosen = [contender.shortened(batch) for contender in self.contenders]
         if not is_first:
             kinds = {contender.is_peer: contender for contender in reversed(chosen)}

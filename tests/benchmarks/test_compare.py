@@ -218,6 +218,8 @@ def test_quick_keeps_all_methods_of_the_first_trial():
     assert [c.is_peer for c in second.contenders] == [True, False]
     assert first.runs(seeds=1) == len(first.contenders)
     assert all((c.curvature_batch_size or 0) <= 100 for c in first.contenders)
+    assert first.batch_size == 100
+    assert FAMILIES["transformer"][0].shortened(is_first=True).batch_size == 32
 
 
 def test_length_of_a_trial():
