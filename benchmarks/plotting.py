@@ -1,6 +1,7 @@
 """Plots of training losses."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def save_comparison(path: Path, title: str, panels: Sequence[Panel]) -> None:
     for (over_steps, over_seconds), panel in zip(axes, panels, strict=True):
         over_steps.set_title(panel.title)
         _draw(panel, over_steps, over_seconds, "steps", places)
+        over_steps.legend(frameon=False)
     _save(figure, path)
 
 
@@ -94,6 +96,17 @@ def save_headline(path: Path, title: str, panels: Sequence[Panel]) -> None:
     for (over_seconds, over_gradients), panel in zip(axes, panels, strict=True):
         over_seconds.set_title(panel.title)
         _draw(panel, over_gradients, over_seconds, work, places)
+    # One for all: a problem's panel can be full of lines.
+    handles, labels = zip(*map(Axes.get_legend_handles_labels, axes[:, 0]), strict=True)
+    lines = dict(zip(itertools.chain(*labels), itertools.chain(*handles), strict=True))
+    shown = sorted(lines, key=places.__getitem__)
+    figure.legend(
+        [lines[label] for label in shown],
+        shown,
+        loc="outside lower center",
+        ncols=len(shown),
+        frameon=False,
+    )
     _save(figure, path)
 
 
@@ -114,7 +127,6 @@ def _draw(
     _decorate(over_seconds, "training seconds, without compilation")
     over_work.set_xlim(left=0)
     over_seconds.set_xlim(left=0)
-    over_work.legend(frameon=False)
 
 
 def save_lines(path: Path, title: str, x_label: str, lines: Sequence[Line]) -> None:
