@@ -103,19 +103,21 @@ def _train(options: RunOptions, splits: Splits, progress: Progress) -> Result:
     return Result(options.problem, options.method, training.initial.loss, records)
 
 
+def _by_problem(results: list[Result]) -> dict[str, list[Result]]:
+    return {name: [r for r in results if r.problem.name == name] for name in _EPOCHS}
+
+
 def _panels(results: list[Result]) -> Iterator[Panel]:
-    for name in _EPOCHS:
-        curves = [result.curve() for result in results if result.problem.name == name]
-        yield Panel(name, curves)
+    for name, found in _by_problem(results).items():
+        yield Panel(name, [result.curve() for result in found])
 
 
 def _print_results(results: list[Result]) -> None:
     """Prints a table for each problem: names would not fit beside those of the problems."""
-    for name in _EPOCHS:
-        mine = [result for result in results if result.problem.name == name]
-        (adam,) = (r.step_seconds() for r in mine if r.method.name == "adam")
+    for name, found in _by_problem(results).items():
+        (adam,) = (r.step_seconds() for r in found if r.method.name == "adam")
         rows = []
-        for result in mine:
+        for result in found:
             last, cost = result.records[-1], result.step_seconds() / adam
             rows.append((result.method.name, *loss_cells(last), last.seconds, cost))
         print_table(f"Handwritten digits: {name}", _COLUMNS, rows)

@@ -1,7 +1,6 @@
 """Plots of training losses."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,16 +96,9 @@ def save_headline(path: Path, title: str, panels: Sequence[Panel]) -> None:
         over_seconds.set_title(panel.title)
         _draw(panel, over_gradients, over_seconds, work, places)
     # One for all: a problem's panel can be full of lines.
-    handles, labels = zip(*map(Axes.get_legend_handles_labels, axes[:, 0]), strict=True)
-    lines = dict(zip(itertools.chain(*labels), itertools.chain(*handles), strict=True))
-    shown = sorted(lines, key=places.__getitem__)
-    figure.legend(
-        [lines[label] for label in shown],
-        shown,
-        loc="outside lower center",
-        ncols=len(shown),
-        frameon=False,
-    )
+    lines = {line.get_label(): line for drawn in axes[:, 0] for line in drawn.get_lines()}
+    handles = [lines[label] for label in places]
+    figure.legend(handles, places, loc="outside lower center", ncols=len(places), frameon=False)
     _save(figure, path)
 
 

@@ -93,6 +93,11 @@ class Trial:
     accuracies: tuple[float, ...] = ()
     gradient_seconds: float = 0.1
 
+    @property
+    def samples_per_step(self) -> int:
+        """The batch size that counts."""
+        return self.batch_size or PROBLEMS[self.problem].batch_size
+
     def shortened(self, is_first: bool) -> "Trial":
         """The trial with little data and little work: whether all runs, not what they reach.
 
@@ -103,7 +108,7 @@ class Trial:
         Returns:
             A trial of one point for each method.
         """
-        batch = min(_QUICK_BATCH, self.batch_size or PROBLEMS[self.problem].batch_size)
+        batch = min(_QUICK_BATCH, self.samples_per_step)
         chosen = [contender.shortened(batch) for contender in self.contenders]
         if not is_first:
             kinds = {contender.is_peer: contender for contender in reversed(chosen)}
@@ -127,8 +132,7 @@ class Trial:
         """How long it takes on one core, about."""
         work = sum(self._runs(contender, seeds)[1] for contender in self.contenders)
         samples = (self.train_size or _ALL_SAMPLES[0]) + (self.test_size or _ALL_SAMPLES[1])
-        batch = self.batch_size or PROBLEMS[self.problem].batch_size
-        forward = samples / batch / 3
+        forward = samples / self.samples_per_step / 3
         gradients = self.gradients * _STEP_OVERHEAD + self.records * forward
         seconds = work * gradients * self.gradient_seconds + self.runs(seeds) * _COMPILE_SECONDS
         return seconds / 3600

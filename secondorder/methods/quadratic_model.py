@@ -58,7 +58,7 @@ from secondorder.methods.transform import GuardedTransformation, make_transform,
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
 from secondorder.sharding import replicated_zeros, shard_like
-from secondorder.tree import BlockSetting
+from secondorder.tree import Blocks, BlockSetting
 
 _NAME = "scale_by_quadratic_model"
 _EARLY = 20  # Steps that are all judged, as a first damping that is too small shows at once.
@@ -202,7 +202,7 @@ def scale_by_quadratic_model(
             last_step=jax.tree.map(jnp.zeros_like, params),
             suspect=jnp.zeros((), bool),
             confirmation=init_confirmation(dtype),
-            rates=() if parts is None else _equal_rates(parts, params),
+            rates=() if parts is None else _equal_rates(parameter_blocks(parts, params), dtype),
             direction=inner.init(params),
             metrics=init_metrics(dtype),
         )
@@ -331,9 +331,8 @@ def _rule(damping: chex.Numeric, adapt_every: int) -> DampingRule:
     )
 
 
-def _equal_rates(parts: Any, params: chex.ArrayTree) -> jax.Array:
-    count = len(parameter_blocks(parts, params))
-    return 1 + replicated_zeros((count,), vectors.accumulation_dtype(params))
+def _equal_rates(blocks: Blocks, dtype: Any) -> jax.Array:
+    return 1 + replicated_zeros((len(blocks),), dtype)
 
 
 def _decayed(curvature: jax.Array, vector: chex.ArrayTree, weight_decay: chex.Numeric) -> jax.Array:
