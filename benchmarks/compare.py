@@ -174,10 +174,11 @@ def _budget(session: Session) -> str:
     """What was done for each method, for a reader of the tables."""
     trial, samples = session.trial, len(session.splits.train)
     points = sorted({len(list(c.points())) for c in trial.contenders if not c.like})
+    batch = trial.samples_per_step
     return (
-        f"Problem `{trial.problem}`, {samples} training samples, batches of "
-        f"{trial.samples_per_step}. Each method had {' or '.join(map(str, points))} settings to try, "
-        f"each with the work of {trial.gradients * trial.tuning:g} gradients of a batch; the best by final training loss "
+        f"Problem `{trial.problem}`, {samples} training samples, batches of {batch}. Each method "
+        f"had {' or '.join(map(str, points))} settings to try, each with the work of "
+        f"{trial.gradients * trial.tuning:g} gradients of a batch; the best by final training loss "
         f"was run with {trial.gradients:g} and {session.seeds} "
         f"seed{'s' if session.seeds > 1 else ''}, from {session.seed} on: the same initial "
         "parameters and batches for all. Seconds leave compilation and evaluation out. "
