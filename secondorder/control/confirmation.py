@@ -10,6 +10,7 @@ from secondorder.sharding import replicated_zeros
 
 _DECAY = 0.8  # of the average of shares
 _BOUNDS = (-1.0, 3.0)  # of a single share, which is noisy
+_HEAVIEST = 3.0  # weight of a single share, in those of the last ones
 _SHORTEST = 1 / 10
 
 
@@ -18,12 +19,14 @@ class Confirmation(NamedTuple):
 
     Attributes:
       share: Average of the confirmed shares; one as long as there is none.
+      promise: Average of what their steps promised, which are their weights; zero before the first.
       slope: Product of the last step with the gradient that it was chosen by; zero if there is no
         step to be confirmed.
       curvature: Value of the model's matrix, without damping, of the last step.
     """
 
     share: jax.Array
+    promise: jax.Array
     slope: jax.Array
     curvature: jax.Array
 
@@ -42,8 +45,8 @@ def init_confirmation(dtype: chex.ArrayDType) -> Confirmation:
       1.0
     """
     # An array each, so that a training step can be given all of them to overwrite.
-    share, slope, curvature = (replicated_zeros((), dtype) for _ in Confirmation._fields)
-    return Confirmation(share + 1, slope, curvature)
+    share, *others = (replicated_zeros((), dtype) for _ in Confirmation._fields)
+    return Confirmation(share + 1, *others)
 
 
 def confirm(
@@ -61,6 +64,11 @@ def confirm(
     The curvature of the step's own batch is too large along the step, which makes long steps
     confirm themselves.
 
+    Shares are averaged with the weights :math:`-\delta^\top g`: the multiple of all steps that
+    changes the objective most is their average in that sense, and the share of a step that promises
+    little is nearly all noise. No weight is above three times their average, so that
+    one step does not decide on the next ones.
+
     Args:
       known: What is known, with :math:`\delta^\top g` and :math:`\delta^\top B \delta`.
       slope: :math:`\delta^\top g_+`.
@@ -71,17 +79,28 @@ def confirm(
       The same with a new average, if there was a step, and without one to be confirmed.
 
     Example:
-      >>> known = Confirmation(jnp.float32(1), jnp.float32(-4), jnp.float32(3))
+      >>> known = Confirmation(*map(jnp.float32, (1, 4, -4, 3)))
       >>> share = confirm(known, jnp.float32(0), jnp.float32(2)).share
       >>> round(float(share), 3)  # a fifth of 1/2, the rest of 1
       0.9
+      >>> known = Confirmation(*map(jnp.float32, (1, 4, -0.4, 0.3)))  # one that promised little
+      >>> round(float(confirm(known, jnp.float32(0), jnp.float32(0.2)).share), 3)
+      0.988
     """
     behind = known.curvature if curvature is None else curvature
     has_step = (known.slope < 0) & jnp.isfinite(slope) & jnp.isfinite(behind)
-    share = (slope - behind) / jnp.where(has_step, known.slope, -1)
-    average = _DECAY * known.share + (1 - _DECAY) * jnp.clip(share, *_BOUNDS)
-    average = jnp.where(has_step, average, known.share).astype(known.share.dtype)
-    return Confirmation(average, jnp.zeros_like(known.slope), known.curvature)
+    promised = jnp.where(has_step, -known.slope, 1)
+    share = jnp.clip((behind - slope) / promised, *_BOUNDS)
+    usual = jnp.where(known.promise > 0, known.promise, promised)
+    weight = (1 - _DECAY) * jnp.minimum(promised, _HEAVIEST * usual)
+    promise = _DECAY * usual + weight
+    average = known.share + weight / promise * (share - known.share)
+    return Confirmation(
+        jnp.where(has_step, average, known.share).astype(known.share.dtype),
+        jnp.where(has_step, promise, known.promise).astype(known.promise.dtype),
+        jnp.zeros_like(known.slope),
+        known.curvature,
+    )
 
 
 def confirmed_length(share: jax.Array, multiple: chex.Numeric) -> jax.Array:

@@ -21,7 +21,6 @@ import optax
 from secondorder import tree as vectors
 from secondorder.checks import check_flag, check_range, check_static_count, is_zero
 from secondorder.control import (
-    Confirmation,
     DampingRule,
     confirm,
     confirmed_length,
@@ -294,8 +293,9 @@ def scale_by_quadratic_model(
             coefficients=jnp.where(accepted, step.coefficients * plane.scales, 0),
             last_step=taken,
             suspect=jnp.zeros_like(state.suspect),
-            confirmation=Confirmation(
-                known.share, jnp.where(accepted, step.slope, 0), jnp.where(accepted, curvature, 0)
+            confirmation=known._replace(
+                slope=jnp.where(accepted, step.slope, 0),
+                curvature=jnp.where(accepted, curvature, 0),
             ),
             rates=rates,
             direction=() if guards else direction_state,

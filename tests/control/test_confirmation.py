@@ -64,6 +64,28 @@ def test_single_shares_are_bounded(slope, wanted):
     np.testing.assert_allclose(found, DECAY + (1 - DECAY) * wanted, rtol=1e-6)
 
 
+def test_shares_are_weighted_by_what_their_steps_promised(x64):
+    """Their average is the multiple of all steps that would have changed the objective most."""
+    promises, shares = np.array([2.0, 5.0, 0.01, 3.0]), np.array([0.9, 0.2, -0.9, 0.3])
+    weights = (1 - DECAY) * DECAY ** np.arange(4)[::-1] * promises
+    known = init_confirmation(jnp.float64)._replace(promise=jnp.asarray(2.0))
+    for promise, share in zip(promises, shares, strict=True):
+        known = known._replace(slope=jnp.asarray(-promise))
+        known = confirm(known, jnp.asarray(-share * promise), jnp.asarray(0.0))
+    start = DECAY**4 * 2.0
+    np.testing.assert_allclose(known.promise, start + weights.sum(), rtol=1e-12)
+    np.testing.assert_allclose(
+        known.share, (start + weights @ shares) / (start + weights.sum()), rtol=1e-12
+    )
+
+
+def test_no_step_decides_alone():
+    """One that promises a thousand times as much as the others counts as three of them."""
+    known = init_confirmation(jnp.float32)._replace(promise=jnp.float32(1), slope=jnp.float32(-1e3))
+    found = confirm(known, jnp.float32(0), jnp.float32(0))
+    np.testing.assert_allclose(found.share, DECAY / (DECAY + 3 * (1 - DECAY)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("share", "multiple", "wanted"), [(1.2, 1, 1), (0.6, 1, 0.6), (0.6, 1.5, 0.9), (-1, 1, 0.1)]
 )
