@@ -46,13 +46,8 @@ from secondorder.methods.quadratic_model_step import (
     plane_of,
     rates_of_parts,
 )
-from secondorder.methods.terminal import (
-    Point,
-    curvature_objective,
-    decayed_value,
-    keep_unless,
-    look,
-)
+from secondorder.methods.quadratic_model_trial import is_acceptable, review_last_step, try_step
+from secondorder.methods.terminal import curvature_objective, keep_unless, look
 from secondorder.methods.transform import GuardedTransformation, make_transform, spoiled_unless
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
@@ -61,6 +56,7 @@ from secondorder.tree import Blocks, BlockSetting
 
 _NAME = "scale_by_quadratic_model"
 _EARLY = 20  # Steps that are all judged, as a first damping that is too small shows at once.
+_DECAY = 0.9  # of the average of the objective
 
 
 def scale_by_quadratic_model(
@@ -96,10 +92,11 @@ def scale_by_quadratic_model(
 
     A step behind which the objective is not finite, or has risen by more than its size, is not
     taken, and the damping is raised by a factor of four; the next step is tried as well, as the
-    first one is. What leads to NaN untried
-    is undone: if two batches in a row behind a step are not finite, the update is minus that step,
-    and the damping is raised. A single one can be bad data, and changes a counter only, as do more
-    of them where nothing is left to be undone.
+    first one is. What leads there untried is undone: the update is minus that step, and the damping
+    is raised. A batch is evaluated where the last step began if its objective is far above the
+    average, so that a hard batch or bad data are not taken for a bad step. If value, gradient or
+    curvature are not finite and that does not tell why, a single batch changes a counter only, and
+    a second one in a row undoes the step.
 
     The coefficients have signs, so that ``d`` may be a preconditioned gradient or a step. The
     result is the step itself: no learning rate follows. Whatever stands behind in a chain may
@@ -200,6 +197,7 @@ def scale_by_quadratic_model(
             coefficients=replicated_zeros((2,), dtype),
             last_step=jax.tree.map(jnp.zeros_like, params),
             suspect=jnp.zeros((), bool),
+            average=jnp.zeros((), dtype),
             confirmation=init_confirmation(dtype),
             rates=() if parts is None else _equal_rates(parameter_blocks(parts, params), dtype),
             direction=inner.init(params),
@@ -223,9 +221,15 @@ def scale_by_quadratic_model(
         objective: Any = curvature_objective(_NAME, value_fn, curvature_fn)  # one that splits
         forms = gauss_newton_forms(objective, params)
 
-        # 2. The direction, which is told the damping, and of a batch that is not finite as well, if
+        # 2. Whether the batch regrets the last step; then it is undone, and no other is made.
+        average = jnp.where(state.count == 0, point.value, state.average)
+        review = review_last_step(
+            value_fn, point, state.last_step, average, weight_decay, has_step(state)
+        )
+
+        # 3. The direction, which is told the damping, and of a batch that is not finite as well, if
         # it guards its state itself.
-        usable = point.usable & all_finite(updates)
+        usable = point.usable & all_finite(updates) & ~review.regrets
         gradient = _typed(updates, params, 0.0 if direction is None else weight_decay)
         vector, direction_state = inner.update(
             spoiled_unless(usable, gradient) if guards else gradient,
@@ -239,7 +243,7 @@ def scale_by_quadratic_model(
             damping=state.damping + weight_decay,
         )
 
-        # 3. The rates of its parts, if it has some.
+        # 4. The rates of its parts, if it has some.
         shift, rates = state.damping + weight_decay, state.rates
         if parts is not None:
             blocks = parameter_blocks(parts, params)
@@ -251,7 +255,7 @@ def scale_by_quadratic_model(
             )
             vector = vectors.block_scale(blocks, rates, vector)
 
-        # 4. Its length and the share of the last step, from the model; then the limits.
+        # 5. Its length and the share of the last step, from the model; then the limits.
         with jax.named_scope("quadratic_model"):
             plane = plane_of(vector, state.last_step if momentum else None)
             is_due = None if plane_every == 1 else state.count % plane_every == 0
@@ -271,21 +275,21 @@ def scale_by_quadratic_model(
             def propose() -> chex.ArrayTree:
                 return combine(step.coefficients, plane, params)
 
-        # 5. Every so often the ratio of actual to predicted reduction, and the damping.
+        # 6. Every so often the ratio of actual to predicted reduction, and the damping.
         usable &= all_finite((plane.scales, step))
         is_due = (state.count + 1) % adapt_every == 0
         is_judged = is_due | (state.count < _EARLY)
         is_tried = is_judged | ~has_step(state)
-        trial = _try(value_fn, point, propose, weight_decay, is_tried)
+        trial = try_step(value_fn, point, propose, weight_decay, is_tried)
         ratio = reduction_ratio(point.value, trial, -predicted, point.resolution)
-        accepted = jnp.isfinite(trial) & (trial - point.value <= jnp.abs(point.value))
+        accepted = is_acceptable(trial, point.value)
         ratio = jnp.where(is_judged | ~accepted, ratio, state.metrics.ratio)
         steered = next_damping(rule, state.damping, ratio)
         raised = jnp.where(is_judged, jnp.maximum(state.damping, steered), state.damping)
         steered = jnp.where(is_due, steered, raised)
 
-        # 6. A step, none, or the last one back.
-        undoes = ~usable & state.suspect & has_step(state)
+        # 7. A step, none, or the last one back.
+        undoes = review.regrets | (~usable & state.suspect & has_step(state))
         taken = choose(usable & accepted, propose(), undoes, state.last_step)
         new = ScaleByQuadraticModelState(
             count=optax.safe_increment(state.count),
@@ -293,6 +297,7 @@ def scale_by_quadratic_model(
             coefficients=jnp.where(accepted, step.coefficients * plane.scales, 0),
             last_step=taken,
             suspect=jnp.zeros_like(state.suspect),
+            average=_DECAY * average + (1 - _DECAY) * point.value,
             confirmation=known._replace(
                 slope=jnp.where(accepted, step.slope, 0),
                 curvature=jnp.where(accepted, curvature, 0),
@@ -308,11 +313,11 @@ def scale_by_quadratic_model(
                 predicted,
                 known,
                 clipped,
-                is_tried,
+                review.is_made.astype(jnp.int32) + is_tried,
                 accepted,
             ),
         )
-        stayed = stay(state, undoes, rule)
+        stayed = stay(state, undoes, review, rule)
         if not guards:
             return taken, keep_unless(usable, new, stayed)
         # To select a state that can be many times larger than the parameters would copy all of it.
@@ -340,24 +345,6 @@ def _decayed(curvature: jax.Array, vector: chex.ArrayTree, weight_decay: chex.Nu
     if is_zero(weight_decay):
         return curvature
     return curvature + weight_decay * vectors.inner(vector, vector)
-
-
-def _try(
-    value_fn: Any,
-    point: Point,
-    propose: Callable[[], chex.ArrayTree],
-    weight_decay: chex.Numeric,
-    is_tried: jax.Array,
-) -> jax.Array:
-    """The objective after a step that is tried, and else before it.
-
-    The step is made in the branch: one from outside would have to be in memory in every step.
-    """
-
-    def evaluate(_: jax.Array) -> jax.Array:
-        return decayed_value(value_fn, optax.apply_updates(point.params, propose()), weight_decay)
-
-    return jax.lax.cond(is_tried, evaluate, lambda value: value, point.value)
 
 
 def _typed(

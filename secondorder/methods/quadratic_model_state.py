@@ -9,6 +9,7 @@ import optax
 
 from secondorder.control import Confirmation, DampingRule, damping_bound, raised_damping
 from secondorder.methods.quadratic_model_step import Step
+from secondorder.methods.quadratic_model_trial import Review
 from secondorder.methods.terminal import zero_metrics
 
 _REALS = ("damping", "ratio", "predicted", "confirmed", "rate", "momentum", "step_norm")
@@ -32,9 +33,11 @@ class QuadraticModelMetrics(NamedTuple):
       clipped: Steps that were shortened since `init`, int32.
       rejections: Steps since `init` that were tried and not taken, as the objective behind them
         was not finite or had risen by more than its size, int32.
-      undone: Steps since `init` that were taken back, as two batches in a row behind them were not
-        finite, int32.
-      nonfinite_steps: Batches whose value, gradient, direction or curvature was not finite, int32.
+      undone: Steps since `init` that were taken back, as the objective of the next batch had risen
+        over them by more than its size and the average, or two batches in a row were not finite,
+        int32.
+      nonfinite_steps: Batches whose value, gradient, direction or curvature was not finite, without
+        those by whose value a step was undone, int32.
     """
 
     damping: jax.Array
@@ -62,6 +65,7 @@ class ScaleByQuadraticModelState(NamedTuple):
         where no step is behind: at first, and if it was rejected or undone.
       last_step: The last step, like the parameters, to look along and to be undone.
       suspect: Whether the last batch was not finite; a second one undoes the last step.
+      average: Running average of the objective, float32 or wider.
       confirmation: How much of the last steps' slopes the batches after them have confirmed.
       rates: Those of the parts of the direction ``(L,)``, up to a common factor; empty without
         parts.
@@ -74,6 +78,7 @@ class ScaleByQuadraticModelState(NamedTuple):
     coefficients: jax.Array
     last_step: chex.ArrayTree
     suspect: jax.Array
+    average: jax.Array
     confirmation: Confirmation
     rates: jax.Array | tuple[()]
     direction: optax.OptState
@@ -91,9 +96,9 @@ def has_step(state: ScaleByQuadraticModelState) -> jax.Array:
 
 
 def stay(
-    state: ScaleByQuadraticModelState, undoes: jax.Array, rule: DampingRule
+    state: ScaleByQuadraticModelState, undoes: jax.Array, review: Review, rule: DampingRule
 ) -> ScaleByQuadraticModelState:
-    """The state after a batch that is not finite, which may undo the last step."""
+    """The state after a batch without a step, which may undo the last one."""
 
     def cleared(leaf: jax.Array) -> jax.Array:
         return jnp.where(undoes, jnp.zeros_like(leaf), leaf)
@@ -105,7 +110,11 @@ def stay(
         last_step=jax.tree.map(cleared, state.last_step),
         confirmation=state.confirmation._replace(slope=cleared(state.confirmation.slope)),
         suspect=jnp.ones_like(state.suspect),
-        metrics=metrics._replace(undone=metrics.undone + undoes),
+        metrics=metrics._replace(
+            evaluations=review.is_made.astype(jnp.int32),
+            undone=metrics.undone + undoes,
+            nonfinite_steps=metrics.nonfinite_steps - review.regrets,  # `keep_unless` counts all
+        ),
     )
 
 
@@ -118,7 +127,7 @@ def report(
     predicted: jax.Array,
     known: Confirmation,
     clipped: jax.Array,
-    is_tried: jax.Array,
+    evaluations: jax.Array,
     accepted: jax.Array,
 ) -> QuadraticModelMetrics:
     """The metrics after a step."""
@@ -132,7 +141,7 @@ def report(
         rate=rate,
         momentum=share,
         step_norm=jnp.sqrt(jnp.maximum(step.square, 0)),
-        evaluations=is_tried.astype(jnp.int32),
+        evaluations=evaluations,
         clipped=last.clipped + clipped,
         rejections=last.rejections + ~accepted,
     )
