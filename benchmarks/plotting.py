@@ -11,8 +11,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-# Okabe and Ito's colors, which color-blind readers can tell apart, without their yellow.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's colors, which color-blind readers can tell apart, with a gray for their yellow.
+_COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#000000",
+    "#999999",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +209,8 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _style(number: int, label: str, is_dashed: bool) -> dict[str, Any]:
-    # More lines than colors are told apart by their dashes.
-    dashes = ("--",) if is_dashed else ("-", "--", ":", "-.")
+    # More lines than colors are told apart by their dots; dashes are those of the peers.
+    dashes = ("--",) if is_dashed else ("-", ":", "-.")
     return {
         "label": label,
         "color": _COLORS[number % len(_COLORS)],
