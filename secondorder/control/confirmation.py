@@ -10,7 +10,7 @@ from secondorder.sharding import replicated_zeros
 
 _DECAY = 0.8  # of the average of shares
 _BOUNDS = (-1.0, 3.0)  # of a single share, which is noisy
-_HEAVIEST = 3.0  # weight of a single share, in those of the last ones
+_HEAVIEST = 3.0  # weight of a share, as a multiple of their average
 _SHORTEST = 1 / 10
 
 
@@ -66,8 +66,8 @@ def confirm(
 
     Shares are averaged with the weights :math:`-\delta^\top g`: the multiple of all steps that
     changes the objective most is their average in that sense, and the share of a step that promises
-    little is nearly all noise. No weight is above three times their average, so that
-    one step does not decide on the next ones.
+    little is nearly all noise. No weight is above three times their average, so that one step does
+    not decide on the next ones.
 
     Args:
       known: What is known, with :math:`\delta^\top g` and :math:`\delta^\top B \delta`.
