@@ -62,7 +62,7 @@ class Reached:
 
     def cells(self) -> tuple[str, ...]:
         """The three numbers for a table."""
-        return tuple(f"{x:.3g}" for x in (self.seconds, self.cpu_seconds, self.gradients))
+        return tuple(_rounded(x, 3) for x in (self.seconds, self.cpu_seconds, self.gradients))
 
 
 def report(trial: Trial, outcomes: Sequence[Outcome], out: Path, budget: str) -> str:
@@ -136,8 +136,14 @@ def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = _rounded(value, 4) if isinstance(value, float) else str(value)
     return text.replace("|", "\\|")
+
+
+def _rounded(number: float, digits: int) -> str:
+    """A number with so many digits; a large one with all before its point, not a power of ten."""
+    text = f"{number:.{digits}g}"
+    return f"{number:.0f}" if "e+" in text else text
 
 
 def _row(outcome: Outcome) -> tuple[Any, ...]:

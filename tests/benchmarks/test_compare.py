@@ -194,6 +194,15 @@ def test_work_to_reach_a_target(tmp_path):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_large_numbers_have_no_powers_of_ten(tmp_path):
+    contender = Contender("kbfgs")
+    outcome = Outcome(contender, {}, (recorded([0.9, 0.1], scale=1234.5),))
+    trial = Trial("t", "digits-cnn", (contender,), 6, targets=(0.5,))
+    text = report(trial, [outcome], tmp_path, "Budget.")
+    assert "| kbfgs |  | 2 | 20 |  | 2469 | 4938 | 1 | 0.1 |" in text
+    assert "| kbfgs | 2469 / 4938 / 20 |" in text
+
+
 def test_results_are_replaced_between_their_comments(tmp_path):
     path = tmp_path / "RESULTS.md"
     path.write_text("# Results\n")
