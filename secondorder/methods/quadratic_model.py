@@ -92,11 +92,11 @@ def scale_by_quadratic_model(
 
     A step behind which the objective is not finite, or has risen by more than its size, is not
     taken, and the damping is raised by a factor of four; the next step is tried as well, as the
-    first one is. What leads there untried is undone: the update is minus that step, and the damping
-    is raised. A batch is evaluated where the last step began if its objective is far above the
-    average, so that a hard batch or bad data are not taken for a bad step. If value, gradient or
-    curvature are not finite and that does not tell why, a single batch changes a counter only, and
-    a second one in a row undoes the step.
+    first one is. What leads there untried is undone by the next batch: the update is minus that
+    step, and the damping is raised. A batch is evaluated where the last step began if its objective
+    is far above the average, so that a hard one is not taken for a bad step. Of batches that are
+    not finite, which can be bad data, the first changes a counter only, and the second in a row
+    undoes the step.
 
     The coefficients have signs, so that ``d`` may be a preconditioned gradient or a step. The
     result is the step itself: no learning rate follows. Whatever stands behind in a chain may

@@ -36,8 +36,7 @@ class QuadraticModelMetrics(NamedTuple):
       undone: Steps since `init` that were taken back, as the objective of the next batch had risen
         over them by more than its size and the average, or two batches in a row were not finite,
         int32.
-      nonfinite_steps: Batches whose value, gradient, direction or curvature was not finite, without
-        those by whose value a step was undone, int32.
+      nonfinite_steps: Batches whose value, gradient, direction or curvature was not finite, int32.
     """
 
     damping: jax.Array

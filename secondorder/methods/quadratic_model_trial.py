@@ -78,8 +78,9 @@ def review_last_step(
 ) -> Review:
     """Judges the last step by the next batch, where that is far above the batches before.
 
-    That alone does not tell a bad step from bad data, nor from a hard batch. So the batch is
-    evaluated where the step began as well, and regrets the step if it was much better there.
+    That alone does not tell a bad step from a hard batch. So the batch is evaluated where the step
+    began as well, and regrets the step if it was much better there. A value that is not finite is
+    not judged: it can come from anything before the objective, as a scale of the loss.
 
     Args:
       value_fn: The objective.
@@ -92,7 +93,7 @@ def review_last_step(
     Returns:
       Whether the batch was evaluated there, and whether it regrets the step.
     """
-    is_made = has_step & ~is_acceptable(point.value, average)
+    is_made = has_step & jnp.isfinite(point.value) & ~is_acceptable(point.value, average)
 
     def evaluate(_: jax.Array) -> jax.Array:
         start = jax.tree.map(jnp.subtract, point.params, last_step)
