@@ -47,7 +47,7 @@ from secondorder.methods.quadratic_model_step import (
     rates_of_parts,
 )
 from secondorder.methods.quadratic_model_trial import is_acceptable, review_last_step, try_step
-from secondorder.methods.terminal import curvature_objective, keep_unless, look
+from secondorder.methods.terminal import curvature_objective, look, select_state
 from secondorder.methods.transform import GuardedTransformation, make_transform, spoiled_unless
 from secondorder.objective import all_finite, check_params
 from secondorder.operators import gauss_newton_forms
@@ -319,9 +319,9 @@ def scale_by_quadratic_model(
         )
         stayed = stay(state, undoes, review, rule)
         if not guards:
-            return taken, keep_unless(usable, new, stayed)
+            return taken, select_state(usable, new, stayed)
         # To select a state that can be many times larger than the parameters would copy all of it.
-        kept = keep_unless(usable, new, stayed._replace(direction=()))
+        kept = select_state(usable, new, stayed._replace(direction=()))
         return taken, kept._replace(direction=direction_state)
 
     return make_transform(_NAME, init, update)

@@ -112,7 +112,7 @@ def stay(
         metrics=metrics._replace(
             evaluations=review.is_made.astype(jnp.int32),
             undone=metrics.undone + undoes,
-            nonfinite_steps=metrics.nonfinite_steps - review.regrets,  # `keep_unless` counts all
+            nonfinite_steps=metrics.nonfinite_steps + ~review.regrets,
         ),
     )
 

@@ -101,5 +101,5 @@ def review_last_step(
 
     before = jax.lax.cond(is_made, evaluate, lambda value: value, point.value)
     # By the size of the average too: a batch that was fitted nearly is small, and its rise nothing.
-    rises = ~(point.value - before <= jnp.maximum(jnp.abs(before), jnp.abs(average)))
-    return Review(is_made, is_made & jnp.isfinite(before) & rises)
+    regrets = point.value - before > jnp.maximum(jnp.abs(before), jnp.abs(average))
+    return Review(is_made, regrets)

@@ -309,6 +309,19 @@ def keep_unless(usable: jax.Array, new: State, old: State) -> State:
     """
     metrics: Any = old.metrics  # type: ignore[attr-defined]
     counted = metrics._replace(nonfinite_steps=metrics.nonfinite_steps + 1)
-    unchanged = old._replace(metrics=counted)  # type: ignore[attr-defined]
+    return select_state(usable, new, old._replace(metrics=counted))  # type: ignore[attr-defined]
+
+
+def select_state(usable: jax.Array, new: State, old: State) -> State:
+    """The new state or the old one, as it is.
+
+    Args:
+      usable: Whether it is the new one, a boolean scalar.
+      new: The state after the step.
+      old: The state without it.
+
+    Returns:
+      One of the two, in the dtypes of the old one.
+    """
     # Hyperparameters and values may be wider than the state, which keeps its dtypes.
-    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, unchanged)
+    return jax.tree.map(lambda n, o: jnp.where(usable, n.astype(o.dtype), o), new, old)
