@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.display import console, print_table
+from benchmarks.display import console, print_table, rounded
 from benchmarks.plotting import save_panels
 from benchmarks.records import Record
 from benchmarks.run_records import RecordedRun, panels
@@ -62,7 +62,7 @@ class Reached:
 
     def cells(self) -> tuple[str, ...]:
         """The three numbers for a table."""
-        return tuple(_rounded(x, 3) for x in (self.seconds, self.cpu_seconds, self.gradients))
+        return tuple(rounded(x, 3) for x in (self.seconds, self.cpu_seconds, self.gradients))
 
 
 def report(trial: Trial, outcomes: Sequence[Outcome], out: Path, budget: str) -> str:
@@ -136,14 +136,8 @@ def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = _rounded(value, 4) if isinstance(value, float) else str(value)
+    text = rounded(value) if isinstance(value, float) else str(value)
     return text.replace("|", "\\|")
-
-
-def _rounded(number: float, digits: int) -> str:
-    """A number with so many digits; a large one with all before its point, not a power of ten."""
-    text = f"{number:.{digits}g}"
-    return f"{number:.0f}" if "e+" in text else text
 
 
 def _row(outcome: Outcome) -> tuple[Any, ...]:

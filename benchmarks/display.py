@@ -100,7 +100,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return rounded(value) if isinstance(value, float) else escape(str(value))
+
+
+def rounded(number: float, digits: int = 4) -> str:
+    """A number for a table; one below a million has all digits before its point.
+
+    Args:
+        number: The number.
+        digits: How many digits to show, at least.
+
+    Returns:
+        The text.
+    """
+    text = f"{number:.{digits}g}"
+    return f"{number:.0f}" if "e+" in text and abs(number) < 1e6 else text
 
 
 def _finish(progress: Progress, task: TaskID) -> None:
