@@ -11,7 +11,7 @@ import jax
 
 from benchmarks import suites
 from benchmarks.arguments import add_data_dir
-from benchmarks.comparison_report import Outcome, report, write_region
+from benchmarks.comparison_report import NOTES, Outcome, read_outcomes, report, write_region
 from benchmarks.comparisons import COMPARISONS
 from benchmarks.data import DataOptions, Splits
 from benchmarks.display import console, progress_bar, watch
@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = sorted((*COMPARISONS, *SUITES))
     parser.add_argument("comparison", choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("comparisons"), metavar="DIR")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="run nothing: make the tables from the TRIAL.jsonl that earlier runs left in DIR",
+    )
     parser.add_argument("--only", metavar="TRIAL", help="this one of its trials")
     parser.add_argument("--methods", metavar="M,N,...", help="these of its methods; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffles")
@@ -93,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
             _refuse_trial_options(args)
             sections = suites.run(SUITES[args.comparison], args.out, args.data_dir, args.quick)
         else:
-            sections = _run_trials(args)
+            make = _run_trials if args.records is None else _read_trials
+            sections = [f"{NOTES}\n", *make(args)]
     text = "\n".join([f"Made by `{_command(args)}`.\n", *sections])
     (args.out / f"{args.comparison}.md").write_text(text, encoding="utf-8")
     if args.write_results is not None:
@@ -116,7 +123,7 @@ def _compiled_fast() -> Iterator[None]:
 def _command(args: argparse.Namespace) -> str:
     """The command line that makes the same tables, wherever their files are."""
     words = ["python -m benchmarks compare", args.comparison]
-    for option in ("only", "methods", "seed", "seeds"):
+    for option in ("only", "methods", "seed", "seeds", "records"):
         value = getattr(args, option)
         if value not in (None, {"seed": 0, "seeds": 1}.get(option)):
             words.append(f"--{option} {value}")
@@ -124,8 +131,8 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def _refuse_trial_options(args: argparse.Namespace) -> None:
-    if args.only or args.methods or args.seeds > 1:
-        raise SettingError(f"{args.comparison} has no --only, --methods and --seeds.")
+    if args.only or args.methods or args.records or args.seeds > 1:
+        raise SettingError(f"{args.comparison} has no --only, --methods, --records and --seeds.")
 
 
 def _run_trials(args: argparse.Namespace) -> list[str]:
@@ -141,8 +148,19 @@ def _run_trials(args: argparse.Namespace) -> list[str]:
         options = DataOptions.from_environment(args.data_dir, trial.train_size, trial.test_size)
         splits = PROBLEMS[trial.problem].load(options)
         session = Session(trial, splits, args.out / trial.problem, args.seed, args.seeds)
-        outcomes = list(_outcomes(session))
-        sections.append(report(trial, outcomes, args.out, _budget(session)))
+        sections.append(report(trial, list(_outcomes(session)), args.out))
+    return sections
+
+
+def _read_trials(args: argparse.Namespace) -> list[str]:
+    """The sections of the trials whose records are in the folder; those of others say so."""
+    sections = []
+    for trial in _trials(args):
+        path = args.records / f"{trial.name}.jsonl"
+        if path.exists():
+            sections.append(report(trial, read_outcomes(trial, path), args.out))
+        else:
+            sections.append(f"### {trial.name}\n\nNot run: there is no {path.name}.\n")
     return sections
 
 
@@ -168,23 +186,6 @@ def _with_methods(trial: Trial, names: list[str]) -> Trial:
     if missing:
         raise SettingError(f"{', '.join(missing)} must be among --methods: others take its rates.")
     return dataclasses.replace(trial, contenders=tuple(chosen.values()))
-
-
-def _budget(session: Session) -> str:
-    """What was done for each method, for a reader of the tables."""
-    trial, samples = session.trial, len(session.splits.train)
-    points = sorted({len(list(c.points())) for c in trial.contenders if not c.like})
-    batch = trial.samples_per_step
-    return (
-        f"Problem `{trial.problem}`, {samples} training samples, batches of {batch}. Each method "
-        f"had {' or '.join(map(str, points))} settings to try, each with the work of "
-        f"{trial.gradients * trial.tuning:g} gradients of a batch; the best by final training loss "
-        f"was run with {trial.gradients:g} and {session.seeds} "
-        f"seed{'s' if session.seeds > 1 else ''}, from {session.seed} on: the same initial "
-        "parameters and batches for all. Seconds leave compilation and evaluation out. "
-        "Floating-point operations are XLA's count of a step times the steps: it counts the body "
-        "of a loop once, the costlier side of a branch always, and no factorizations."
-    )
 
 
 def _outcomes(session: Session) -> Iterator[Outcome]:

@@ -12,7 +12,13 @@ from typing import Any
 from benchmarks.display import console, print_table, rounded
 from benchmarks.plotting import save_panels
 from benchmarks.records import Record
-from benchmarks.run_records import RecordedRun, panels
+from benchmarks.run_records import (
+    RecordedRun,
+    failure_record,
+    panels,
+    read_failures,
+    read_runs,
+)
 from benchmarks.settings import SettingError, Settings
 from benchmarks.sweeps import label
 from benchmarks.trials import Contender, Trial
@@ -21,8 +27,12 @@ _COLUMNS = ("method", "settings", "updates", "gradients", "Tflop", "seconds", "c
 _LOSSES = ("train loss", "test loss", "accuracy")
 _PRINTED = ("method", "settings", "gradients", "cpu s", *_LOSSES)
 _NOT_RUN = "not run"
-# How far above the end of the best peer the targets are that follow it.
-_AROUND_THE_BEST = (1.2, 1.05, 1.0)
+NOTES = (
+    "Each run starts from the same initial parameters and sees the same batches. Seconds leave "
+    "compilation and evaluation out; cpu s are the processor's. Floating-point operations (Tflop) "
+    "are XLA's count of a step times the steps: it counts the body of a loop once, the costlier "
+    "side of a branch always, and no factorizations."
+)
 _CSV = ("contender", "seed", "step", "gradients", "flops", "seconds", "cpu_seconds")
 _CSV_LOSSES = ("train_loss", "test_loss", "test_accuracy", "diverged")
 
@@ -35,7 +45,7 @@ class Outcome:
         contender: The contender.
         point: The settings that were best.
         runs: Its records, one for each seed.
-        failure: Why there are none.
+        failure: Why it cannot run; None beside no records where it was not tried.
     """
 
     contender: Contender
@@ -65,28 +75,19 @@ class Reached:
         return tuple(rounded(x, 3) for x in (self.seconds, self.cpu_seconds, self.gradients))
 
 
-def report(trial: Trial, outcomes: Sequence[Outcome], out: Path, budget: str) -> str:
+def report(trial: Trial, outcomes: Sequence[Outcome], out: Path) -> str:
     """Prints the tables, writes them with the records and the plot.
 
     Args:
         trial: The trial.
         outcomes: Of its contenders.
         out: The folder for the files, which have the name of the trial.
-        budget: What was done for each contender, in words.
 
     Returns:
         The section about the trial, in Markdown.
     """
-    sections = [f"### {trial.name}\n", f"{budget}\n"]
-    rows = [_row(outcome) for outcome in outcomes]
-    columns = (*_COLUMNS, *_LOSSES)
-    _print(f"{trial.name}, {trial.gradients:g} gradients", columns, rows)
-    sections.append(markdown(columns, rows))
-    for title, head, body in _target_tables(trial, outcomes):
-        print_table(title, head, body)
-        sections.append(f"{title}:\n\n{markdown(head, body)}")
+    text = _section(trial, outcomes)
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(sections)
     (out / f"{trial.name}.md").write_text(text, encoding="utf-8")
     _write_records(out / trial.name, outcomes)
     ran = [outcome for outcome in outcomes if outcome.runs]
@@ -95,6 +96,31 @@ def report(trial: Trial, outcomes: Sequence[Outcome], out: Path, budget: str) ->
         save_panels(out / f"{trial.name}.png", trial.name, rows_of_panels)
     console.print(f"Plot, tables and records: {out / trial.name}.*", highlight=False)
     return text
+
+
+def read_outcomes(trial: Trial, path: Path) -> list[Outcome]:
+    """The outcomes of a trial from the records that `report` left.
+
+    Args:
+        trial: The trial.
+        path: Its ``TRIAL.jsonl``.
+
+    Returns:
+        One for each contender, without runs for those that have no records.
+
+    Raises:
+        SettingError: It is not a file of records.
+    """
+    failures = read_failures(path)
+    runs: dict[str, list[RecordedRun]] = {}
+    for run in read_runs(path):
+        runs.setdefault(run.header.get("contender", run.header["method"]), []).append(run)
+    return [
+        Outcome(contender, own[0].header["settings"], tuple(own))
+        if (own := runs.get(contender.label))
+        else Outcome(contender, failure=failures.get(contender.label))
+        for contender in trial.contenders
+    ]
 
 
 def write_region(path: Path, name: str, text: str) -> None:
@@ -124,6 +150,48 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
 
 
+def _section(trial: Trial, outcomes: Sequence[Outcome]) -> str:
+    """The tables, printed and in Markdown."""
+    tried = [outcome for outcome in outcomes if outcome.runs or outcome.failure]
+    rows = [_row(outcome) for outcome in tried]
+    columns = (*_COLUMNS, *_LOSSES)
+    _print(f"{trial.name}, {trial.gradients:g} gradients", columns, rows)
+    parts = [f"### {trial.name}\n", f"{_budget(trial, outcomes)}\n"]
+    parts.append(markdown(*_without_empty(columns, rows)))
+    if len(tried) < len(outcomes):
+        names = ", ".join(o.contender.label for o in outcomes if o not in tried)
+        parts.append(f"Without records: {names}.\n")
+    for title, head, body in _target_tables(trial, outcomes):
+        print_table(title, head, body)
+        parts.append(f"{title}:\n\n{markdown(head, body)}")
+    return "\n".join(parts)
+
+
+def _budget(trial: Trial, outcomes: Sequence[Outcome]) -> str:
+    """What was done for each method, for a reader of the tables."""
+    points = sorted({len(list(c.points())) for c in trial.contenders if not c.like})
+    seeds = sorted({len(outcome.runs) for outcome in outcomes if outcome.runs}) or [0]
+    samples = "all" if trial.train_size is None else trial.train_size
+    return (
+        f"Problem `{trial.problem}`, {samples} training samples, batches of "
+        f"{trial.samples_per_step}. Each method had {_counted(points, 'setting')} to try, each "
+        f"with the work of {trial.gradients * trial.tuning:g} gradients of a batch; the best by "
+        f"final training loss was run with {trial.gradients:g} and {_counted(seeds, 'seed')}."
+    )
+
+
+def _without_empty(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> tuple[list[str], list[list[Any]]]:
+    """The columns that say something, and their cells."""
+    kept = [i for i in range(len(columns)) if any(row[i] not in (None, "") for row in rows)]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _counted(numbers: Sequence[int], noun: str) -> str:
+    return f"{' or '.join(map(str, numbers))} {noun}{'' if list(numbers) == [1] else 's'}"
+
+
 def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """The table, as much of it as a terminal is wide for."""
     table = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -148,7 +216,7 @@ def _row(outcome: Outcome) -> tuple[Any, ...]:
     flops = [run.last.get("flops") for run in runs]
     return (
         contender.label,
-        label({key: outcome.point[key] for key in contender.grid}) or None,
+        label({key: outcome.point[key] for key in contender.grid if key in outcome.point}) or None,
         *(_mean([run.last[key] for run in runs]) for key in ("step", "gradients")),
         _mean([None if number is None else number / 1e12 for number in flops]),
         *(_mean([run.last.get(key) for run in runs]) for key in ("seconds", "cpu_seconds")),
@@ -184,9 +252,9 @@ def _spread(numbers: Sequence[float | None], form: str, missing: str | None = No
 def _target_tables(
     trial: Trial, outcomes: Sequence[Outcome]
 ) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-    """For each quantity two tables: ours beside the best peer, and all methods."""
+    """For each quantity two tables: ours beside the best peer, and all that reached a goal."""
     tables: list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]] = []
-    for name, goals in _goals(trial, outcomes).items():
+    for name, goals in _goals(trial).items():
         reached = {
             goal: [found for o in outcomes if (found := _reached(o, passes))]
             for goal, passes in goals.items()
@@ -194,12 +262,15 @@ def _target_tables(
         unit = ("seconds", "cpu s", "gradients")
         head = (name, "method", *unit, "best peer", *unit, "peer / method in cpu s")
         body = [_headline(goal, found) for goal, found in reached.items()]
-        tables.append((f"{trial.name}: to reach a {name}", head, body))
+        tables.append((f"{trial.name}, to reach a {name}", head, body))
         every = [
             (outcome.contender.label, *(_short(outcome, found) for found in reached.values()))
             for outcome in outcomes
+            if any(
+                one.contender == outcome.contender for found in reached.values() for one in found
+            )
         ]
-        title = f"{trial.name}: seconds / processor seconds / gradients to reach a {name}"
+        title = f"{trial.name}, seconds / processor seconds / gradients to reach a {name}"
         tables.append((title, ("method", *reached), every))
     return tables
 
@@ -207,7 +278,7 @@ def _target_tables(
 Passes = Callable[[Record], bool]
 
 
-def _goals(trial: Trial, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Passes]]:
+def _goals(trial: Trial) -> dict[str, dict[str, Passes]]:
     """By quantity and by the name of a goal, which records have reached it."""
 
     def at_most(target: float) -> Passes:
@@ -217,23 +288,10 @@ def _goals(trial: Trial, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Pas
         return lambda record: (record.get("test_accuracy") or 0) >= target
 
     goals = {
-        "training loss": {f"{goal:.4g}": at_most(goal) for goal in _targets(trial, outcomes)},
+        "training loss": {f"{goal:.4g}": at_most(goal) for goal in trial.targets},
         "test accuracy": {f"{goal:.1%}": at_least(goal) for goal in trial.accuracies},
     }
     return {name: passes for name, passes in goals.items() if passes}
-
-
-def _targets(trial: Trial, outcomes: Sequence[Outcome]) -> tuple[float, ...]:
-    """The targets of a trial, or those around where its best peer ends."""
-    if trial.targets is not None:
-        return trial.targets
-    ends = [
-        _mean([_loss(run.last) for run in o.runs])
-        for o in outcomes
-        if o.contender.is_peer and o.runs
-    ]
-    known = [end for end in ends if end is not None]
-    return tuple(share * min(known) for share in _AROUND_THE_BEST) if known else ()
 
 
 def _reached(outcome: Outcome, passes: Passes) -> Reached | None:
@@ -280,8 +338,10 @@ def _write_records(path: Path, outcomes: Sequence[Outcome]) -> None:
         writer = csv.DictWriter(table, (*_CSV, *_CSV_LOSSES), extrasaction="ignore")
         writer.writeheader()
         for outcome in outcomes:
+            names = {"contender": outcome.contender.label}
+            if outcome.failure is not None:
+                print(json.dumps({**failure_record(outcome.failure), **names}), file=lines)
             for run in outcome.runs:
-                names = {"contender": outcome.contender.label}
                 for record in run.records:
                     print(json.dumps({**record, **names}), file=lines)
                     writer.writerow({**record, **names, "seed": run.header["seed"]})

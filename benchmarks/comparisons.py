@@ -40,7 +40,7 @@ def _saddle_free(problem: str, batch_size: int, curvature: int, **fields: Any) -
         )
     ]
     return Trial(
-        name=problem,
+        name=f"saddle-free-{problem}",
         problem=problem,
         contenders=(_SGD, _ADAM, newton_cg, low_rank, *ablations),
         batch_size=batch_size,

@@ -110,14 +110,16 @@ def _autoencoder(problem: str, **fields: Any) -> Trial:
     )
 
 
-def _classifier(problem: str, accuracies: tuple[float, ...], **fields: Any) -> Trial:
+def _classifier(
+    problem: str, targets: tuple[float, ...], accuracies: tuple[float, ...], **fields: Any
+) -> Trial:
     return Trial(
         f"all-{problem}",
         problem,
         _contenders(_CLASSIFIERS, curvature=64, blocks="modules"),
         records=40,
         tuning=0.25,
-        targets=None,
+        targets=targets,
         accuracies=accuracies,
         **fields,
     )
@@ -133,10 +135,15 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
             gradients=400,
             train_size=10000,
             test_size=2500,
-            targets=None,
+            targets=(60, 30, 20, 15.7),
             gradient_seconds=0.42,
         ),
-        _autoencoder("curves-autoencoder", gradients=1500, targets=None, gradient_seconds=0.05),
+        _autoencoder(
+            "curves-autoencoder",
+            gradients=1500,
+            targets=(68.4, 60, 55.7, 53.2, 49),
+            gradient_seconds=0.05,
+        ),
         _autoencoder(
             "mnist-autoencoder-tanh-bce",
             gradients=800,
@@ -147,6 +154,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
     "classifiers": (
         _classifier(
             "fashion-lenet5",
+            (0.3, 0.25, 0.2, 0.1, 0.063),
             (0.85, 0.87, 0.88),
             gradients=3000,
             train_size=20000,
@@ -155,6 +163,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
         ),
         _classifier(
             "fashion-resnet",
+            (0.4, 0.3, 0.2, 0.1),
             (0.8, 0.84, 0.86),
             gradients=800,
             train_size=10000,
@@ -163,6 +172,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
         ),
         _classifier(
             "cifar-resnet",
+            (1.5, 1.0, 0.5, 0.1),
             (0.35, 0.4, 0.45),
             gradients=800,
             train_size=5000,
@@ -178,7 +188,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
             gradients=4000,
             records=40,
             tuning=0.25,
-            targets=None,
+            targets=(0.2, 0.15, 0.1, 0.08),
             accuracies=(0.8, 0.9, 0.93),
             gradient_seconds=0.011,
         ),
@@ -194,7 +204,7 @@ FAMILIES: dict[str, tuple[Trial, ...]] = {
             test_size=500,
             records=40,
             tuning=0.25,
-            targets=None,
+            targets=(2.0, 1.7, 1.5, 1.41),
             accuracies=(0.42, 0.45, 0.48),
             gradient_seconds=0.05,
         ),

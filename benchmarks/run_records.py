@@ -20,6 +20,7 @@ _AXES = {
     "cpu_seconds": "training seconds of the processor, without compilation",
     "seconds": "training seconds, without compilation",
 }
+_FAILURE = "not_run"
 _RUN_SETTINGS = ("batch_size", "curvature_batch_size", "seed", "average")
 
 
@@ -119,15 +120,32 @@ def read_runs(path: Path) -> list[RecordedRun]:
     Raises:
         SettingError: No such file, or no records of training.
     """
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{path} is not a file of records: {error}") from error
+    records = [record for record in _read(path) if _FAILURE not in record]
     if not records or not all({"step", "gradients", "train_loss"} <= set(r) for r in records):
         raise SettingError(f"{path} has no records of training runs.")
     if "settings" not in records[0]:
         raise SettingError(f"{path} does not begin with the first record of a run.")
     return [RecordedRun(group) for group in _groups(records)]
+
+
+def failure_record(reason: str) -> Record:
+    """What stands in a file of runs for one that was refused."""
+    return {_FAILURE: reason}
+
+
+def read_failures(path: Path) -> dict[str, str]:
+    """Why contenders did not run, from a file of runs.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The reason by contender.
+
+    Raises:
+        SettingError: No such file, or no records.
+    """
+    return {record["contender"]: record[_FAILURE] for record in _read(path) if _FAILURE in record}
 
 
 def axes(runs: Sequence[RecordedRun]) -> Mapping[str, str]:
@@ -153,6 +171,13 @@ def panels(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[Panels]:
         for quantity, name in quantities.items()
         if all(quantity in run.header for run in runs)
     ]
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} is not a file of records: {error}") from error
 
 
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:

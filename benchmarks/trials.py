@@ -75,7 +75,6 @@ class Trial:
         records: Losses that are recorded over the run.
         tuning: Share of the work that is spent on each point of a grid.
         targets: Training losses, in falling order: the work until they are reached is reported.
-            None takes those around where the best peer ends, and an empty tuple none.
         accuracies: Test accuracies, likewise, in rising order.
         gradient_seconds: Time of a gradient of a batch on one core, for the estimate.
     """
@@ -89,7 +88,7 @@ class Trial:
     test_size: int | None = None
     records: int = 8
     tuning: float = 1.0
-    targets: tuple[float, ...] | None = ()
+    targets: tuple[float, ...] = ()
     accuracies: tuple[float, ...] = ()
     gradient_seconds: float = 0.1
 
