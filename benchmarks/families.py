@@ -51,7 +51,8 @@ _SUMS: Mapping[str, Grid] = {
     "adamw": _rates(3e-4, 1e-3, 3e-3, 1e-2),
     "kfac-jax": _dampings(0.1, 1.0, 10.0, 100.0),
     "kfac": {**_rates(0.03, 0.1), **_dampings(1.0, 10.0)},
-    "kfac-adaptive": {**_dampings(0.1, 1.0), "confirmation": (2.0, None)},
+    # Batches are large, and the run of a tuning too short to tell steps that are held back.
+    "kfac-adaptive": {**_dampings(0.03, 0.1, 0.3, 1.0), "confirmation": (None,)},
     "kfac-layerwise": _dampings(0.03, 0.1, 0.3, 1.0),
     "kbfgs": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},
     "kbfgs-l": {**_rates(0.1, 0.3), **_dampings(0.1, 0.3)},

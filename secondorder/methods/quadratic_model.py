@@ -90,11 +90,12 @@ def scale_by_quadratic_model(
     model without damping promised. In each of the first twenty steps it is evaluated, and a bad
     ratio raises the damping: one that is too small shows at once, and in five steps leads anywhere.
 
-    A step behind which the objective is not finite, or has risen by more than its size, is not
+    A step that is evaluated, and behind which the objective is not finite or has risen, is not
     taken, and the damping is raised by a factor of four; the next step is tried as well, as the
-    first one is. What leads there untried is undone by the next batch: the update is minus that
-    step, and the damping is raised. A batch is evaluated where the last step began if its objective
-    is far above the average, so that a hard one is not taken for a bad step. Of batches that are
+    first one is. An untried step that the next batch has risen over by more than its size is undone
+    by it: the update is minus that step, and the damping is raised. A batch is evaluated where the
+    last step began if its objective is far above the average, so that a hard one is not taken for a
+    bad step. Of batches that are
     not finite, which can be bad data, the first changes a counter only, and the second in a row
     undoes the step.
 
@@ -282,7 +283,7 @@ def scale_by_quadratic_model(
         is_tried = is_judged | ~has_step(state)
         trial = try_step(value_fn, point, propose, weight_decay, is_tried)
         ratio = reduction_ratio(point.value, trial, -predicted, point.resolution)
-        accepted = is_acceptable(trial, point.value)
+        accepted = is_acceptable(trial, point.value, ratio)
         ratio = jnp.where(is_judged | ~accepted, ratio, state.metrics.ratio)
         steered = next_damping(rule, state.damping, ratio)
         raised = jnp.where(is_judged, jnp.maximum(state.damping, steered), state.damping)

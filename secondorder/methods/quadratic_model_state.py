@@ -32,7 +32,7 @@ class QuadraticModelMetrics(NamedTuple):
       evaluations: Values of the objective that the last step took, int32.
       clipped: Steps that were shortened since `init`, int32.
       rejections: Steps since `init` that were tried and not taken, as the objective behind them
-        was not finite or had risen by more than its size, int32.
+        was not finite or had risen, int32.
       undone: Steps since `init` that were taken back, as the objective of the next batch had risen
         over them by more than its size and the average, or two batches in a row were not finite,
         int32.

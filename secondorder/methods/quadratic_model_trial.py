@@ -51,21 +51,25 @@ def try_step(
     return jax.lax.cond(is_tried, evaluate, lambda value: value, point.value)
 
 
-def is_acceptable(trial: jax.Array, value: jax.Array) -> jax.Array:
-    """Whether the objective behind a step is finite, and has not risen by more than its size.
+def is_acceptable(trial: jax.Array, value: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Whether a batch's objective behind its own step is finite and has not risen.
+
+    No noise of batches speaks for a step that raises the objective that it was made from.
 
     Args:
       trial: The objective there.
       value: That before the step.
+      ratio: Of actual to predicted reduction, positive where a rise is in the rounding.
 
     Returns:
       A boolean.
 
     Example:
-      >>> is_acceptable(jnp.array([1.0, 3.9, 4.1, jnp.nan]), jnp.float32(2)).tolist()
+      >>> trial, ratio = jnp.array([1.0, 2.1, 2.1, jnp.nan]), jnp.array([1.0, 0.5, -0.1, -jnp.inf])
+      >>> is_acceptable(trial, jnp.float32(2), ratio).tolist()
       [True, True, False, False]
     """
-    return jnp.isfinite(trial) & (trial - value <= jnp.abs(value))
+    return jnp.isfinite(trial) & ((trial <= value) | (ratio > 0))
 
 
 def review_last_step(
@@ -93,7 +97,8 @@ def review_last_step(
     Returns:
       Whether the batch was evaluated there, and whether it regrets the step.
     """
-    is_made = has_step & jnp.isfinite(point.value) & ~is_acceptable(point.value, average)
+    is_far_above = point.value - average > jnp.abs(average)
+    is_made = has_step & jnp.isfinite(point.value) & is_far_above
 
     def evaluate(_: jax.Array) -> jax.Array:
         start = jax.tree.map(jnp.subtract, point.params, last_step)

@@ -154,10 +154,10 @@ def test_a_quadratic_objective_keeps_its_promise_and_lowers_the_damping():
 
 @pytest.mark.parametrize(
     ("actual", "factor"),
-    [(0.1, 20 / 19), (0.5, 1.0), (0.9, 19 / 20), (-1.0, 20 / 19), (-2.0, 4.0), (np.nan, 4.0)],
+    [(0.1, 20 / 19), (0.5, 1.0), (0.9, 19 / 20), (-0.1, 4.0), (-2.0, 4.0), (np.nan, 4.0)],
 )
 def test_the_damping_follows_the_ratio(actual, factor):
-    """The step is from 1 to 2/3 and promises 2/9; where 1/4 more than doubles there is no step."""
+    """The step is from 1 to 2/3 and promises 2/9; where the objective rises there is no step."""
     jump = 0.25 - actual * 2 / 9 - 1 / 36
     objective = so.Objective(
         lambda p: p, lambda z: jnp.sum((z - 0.5) ** 2 + jnp.where(z == 1.0, 0.0, jump))
@@ -167,6 +167,16 @@ def test_the_damping_follows_the_ratio(actual, factor):
     np.testing.assert_allclose(state.damping, factor, rtol=1e-5)
     assert int(state.metrics.rejections) == int(factor == 4)
     assert bool(all_zero(updates)) == (factor == 4)
+
+
+def test_nothing_is_rejected_where_nothing_is_left():
+    """The value is zero, and so are its gradient, the promise, and what a step changes."""
+    objective = so.Objective(lambda p: p, lambda z: jnp.sum(z**2))
+    tx = so.scale_by_quadratic_model(damping=1.0, adapt_every=1)
+    *_, (_, updates, state, _) = take_steps(tx, 3, objective, jnp.zeros(2))
+    assert bool(all_zero(updates))
+    assert int(state.metrics.rejections) == 0
+    assert float(state.damping) < 4
 
 
 def test_early_steps_are_all_judged_and_raise_the_damping_only():
