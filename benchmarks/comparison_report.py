@@ -259,8 +259,10 @@ def _target_tables(
             goal: [found for o in outcomes if (found := _reached(o, passes))]
             for goal, passes in goals.items()
         }
-        unit = ("seconds", "cpu s", "gradients")
-        head = (name, "method", *unit, "best peer", *unit, "peer / method in cpu s")
+        if not any(reached.values()):
+            continue
+        unit = ("cpu s", "gradients")
+        head = (name, "ours", *unit, "best peer", *unit, "peer / ours")
         body = [_headline(goal, found) for goal, found in reached.items()]
         tables.append((f"{trial.name}, to reach a {name}", head, body))
         every = [
@@ -318,7 +320,7 @@ def _headline(goal: str, found: Sequence[Reached]) -> tuple[Any, ...]:
         for is_peer in (False, True)
     )
     cells = [
-        (one.contender.label, *one.cells()) if one else ("none", *("",) * 3) for one in (ours, peer)
+        (one.contender.label, *one.cells()[1:]) if one else ("none", "", "") for one in (ours, peer)
     ]
     ratio = f"{peer.cpu_seconds / ours.cpu_seconds:.3g}" if ours and peer else None
     return (goal, *cells[0], *cells[1], ratio)

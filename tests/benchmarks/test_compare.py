@@ -178,8 +178,8 @@ def test_best_settings_are_run_with_every_seed(monkeypatch, tmp_path):
     assert "`python -m benchmarks compare saddle-free --methods sgd --seeds 2`" in text
     assert "2 settings to try, each with the work of 3 gradients" in text
     assert "±" in text
-    assert "| 1e+09 | none |  |  |  | sgd |" in text
-    assert "| 1e-09 | none |  |  |  | none |" in text
+    assert "| 1e+09 | none |  |  | sgd |" in text
+    assert "| 1e-09 | none |  |  | none |" in text
     table = list(csv.DictReader((tmp_path / "small.csv").open()))
     assert {row["seed"] for row in table} == {"0", "1"}
     assert float(table[-1]["flops"]) == 6 * float(table[0]["flops"]) > 0
@@ -237,12 +237,21 @@ def test_work_to_reach_a_target(tmp_path):
     trial = Trial("t", "digits-cnn", (sgd, kbfgs), 6, targets=(0.5, 0.2), accuracies=(0.6,))
     text = report(trial, outcomes, tmp_path)
     # Seeds of SGD are there after 2 and 1 steps, 1.5 on average: 1.5 s, 3 s, 15 gradients.
-    assert "| 0.5 | kbfgs | 0.1 | 0.2 | 10 | sgd | 1.5 | 3 | 15 | 15 |" in text
-    assert "| 0.2 | kbfgs | 0.2 | 0.4 | 20 | none |  |  |  |  |" in text
-    assert "| 60.0% | kbfgs | 0.2 | 0.4 | 20 | sgd | 3 | 6 | 30 | 15 |" in text
+    assert "| 0.5 | kbfgs | 0.2 | 10 | sgd | 3 | 15 | 15 |" in text
+    assert "| 0.2 | kbfgs | 0.4 | 20 | none |  |  |  |" in text
+    assert "| 60.0% | kbfgs | 0.4 | 20 | sgd | 6 | 30 | 15 |" in text
     assert "| sgd | 1.5 / 3 / 15 |  |" in text
     assert "1 or 2 seeds" in text
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_that_nobody_reached_have_no_table(tmp_path):
+    contender = Contender("kbfgs")
+    outcome = Outcome(contender, {}, (recorded([0.9, 0.8]),))
+    trial = Trial("t", "digits-cnn", (contender,), 6, targets=(0.5,), accuracies=(0.1, 0.9))
+    text = report(trial, [outcome], tmp_path)
+    assert "to reach a training loss" not in text
+    assert "| 90.0% | none |  |  | none |  |  |  |" in text
 
 
 def test_large_numbers_have_no_powers_of_ten(tmp_path):
