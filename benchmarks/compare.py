@@ -154,8 +154,14 @@ def _run_trials(args: argparse.Namespace) -> list[str]:
 
 def _read_trials(args: argparse.Namespace) -> list[str]:
     """The sections of the trials whose records are in the folder; those of others say so."""
+    if args.quick or args.seeds > 1:
+        raise SettingError("--records runs nothing: leave --quick and --seeds out.")
+    trials = _trials(args)
+    if not any((args.records / f"{trial.name}.jsonl").exists() for trial in trials):
+        names = ", ".join(f"{trial.name}.jsonl" for trial in trials)
+        raise SettingError(f"{args.records} has none of the records of {args.comparison}: {names}.")
     sections = []
-    for trial in _trials(args):
+    for trial in trials:
         path = args.records / f"{trial.name}.jsonl"
         if path.exists():
             sections.append(report(trial, read_outcomes(trial, path), args.out))

@@ -16,8 +16,7 @@ from benchmarks.run_records import (
     RecordedRun,
     failure_record,
     panels,
-    read_failures,
-    read_runs,
+    read_runs_and_failures,
 )
 from benchmarks.settings import SettingError, Settings
 from benchmarks.sweeps import label
@@ -111,9 +110,9 @@ def read_outcomes(trial: Trial, path: Path) -> list[Outcome]:
     Raises:
         SettingError: It is not a file of records.
     """
-    failures = read_failures(path)
+    recorded, failures = read_runs_and_failures(path)
     runs: dict[str, list[RecordedRun]] = {}
-    for run in read_runs(path):
+    for run in recorded:
         runs.setdefault(run.header.get("contender", run.header["method"]), []).append(run)
     return [
         Outcome(contender, own[0].header["settings"], tuple(own))
@@ -266,11 +265,9 @@ def _target_tables(
         body = [_headline(goal, found) for goal, found in reached.items()]
         tables.append((f"{trial.name}, to reach a {name}", head, body))
         every = [
-            (outcome.contender.label, *(_short(outcome, found) for found in reached.values()))
+            (outcome.contender.label, *cells)
             for outcome in outcomes
-            if any(
-                one.contender == outcome.contender for found in reached.values() for one in found
-            )
+            if any(cells := [_short(outcome, found) for found in reached.values()])
         ]
         title = f"{trial.name}, seconds / processor seconds / gradients to reach a {name}"
         tables.append((title, ("method", *reached), every))

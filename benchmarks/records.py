@@ -48,6 +48,22 @@ def open_writer(path: str | None) -> Iterator[Writer]:
             yield lambda record: print(to_json(record), file=file, flush=True)
 
 
+def read_records(path: Path) -> list[Record]:
+    """What `open_writer` has written to a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its records, in their order.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is not JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def to_json(record: Mapping[str, Any]) -> str:
     """One line of JSON; numbers that are not finite, which JSON lacks, become null."""
     return json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)

@@ -1,13 +1,12 @@
 """The records of a training run: how they are written, read back, and shown."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plotting import Curve, Line, Panels
-from benchmarks.records import Record, Writer, versions
+from benchmarks.records import Record, Writer, read_records, versions
 from benchmarks.settings import SettingError
 from benchmarks.training import EpochRecord, Run
 
@@ -120,32 +119,37 @@ def read_runs(path: Path) -> list[RecordedRun]:
     Raises:
         SettingError: No such file, or no records of training.
     """
-    records = [record for record in _read(path) if _FAILURE not in record]
-    if not records or not all({"step", "gradients", "train_loss"} <= set(r) for r in records):
-        raise SettingError(f"{path} has no records of training runs.")
-    if "settings" not in records[0]:
-        raise SettingError(f"{path} does not begin with the first record of a run.")
-    return [RecordedRun(group) for group in _groups(records)]
+    return read_runs_and_failures(path)[0]
 
 
-def failure_record(reason: str) -> Record:
-    """What stands in a file of runs for one that was refused."""
-    return {_FAILURE: reason}
-
-
-def read_failures(path: Path) -> dict[str, str]:
-    """Why contenders did not run, from a file of runs.
+def read_runs_and_failures(path: Path) -> tuple[list[RecordedRun], dict[str, str]]:
+    """The runs of a file, and by contender why others did not run.
 
     Args:
         path: The file.
 
     Returns:
-        The reason by contender.
+        At least one run, and the reasons.
 
     Raises:
-        SettingError: No such file, or no records.
+        SettingError: No such file, or no records of training.
     """
-    return {record["contender"]: record[_FAILURE] for record in _read(path) if _FAILURE in record}
+    try:
+        every = read_records(path)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} is not a file of records: {error}") from error
+    failures = {record["contender"]: record[_FAILURE] for record in every if _FAILURE in record}
+    records = [record for record in every if _FAILURE not in record]
+    if not records or not all({"step", "gradients", "train_loss"} <= set(r) for r in records):
+        raise SettingError(f"{path} has no records of training runs.")
+    if "settings" not in records[0]:
+        raise SettingError(f"{path} does not begin with the first record of a run.")
+    return [RecordedRun(group) for group in _groups(records)], failures
+
+
+def failure_record(reason: str) -> Record:
+    """What stands in a file of runs for one that was refused."""
+    return {_FAILURE: reason}
 
 
 def axes(runs: Sequence[RecordedRun]) -> Mapping[str, str]:
@@ -171,13 +175,6 @@ def panels(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[Panels]:
         for quantity, name in quantities.items()
         if all(quantity in run.header for run in runs)
     ]
-
-
-def _read(path: Path) -> list[Record]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{path} is not a file of records: {error}") from error
 
 
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from benchmarks.display import console
 from benchmarks.functions import FUNCTIONS
 from benchmarks.least_squares import REGRESSIONS
 from benchmarks.plotting import Line, save_profile
-from benchmarks.records import Record
+from benchmarks.records import Record, read_records
 from benchmarks.saddle_points import SADDLES
 from benchmarks.settings import SettingError
 
@@ -154,7 +153,7 @@ def _records(part: Part, problem: str, arguments: Sequence[str], folder: Path) -
         own = ["--problems", problem, "--json", str(unfinished)]
         part.command.run(parser.parse_args([*own, *arguments]))
         unfinished.rename(path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_records(path)
 
 
 def _cell(record: Record, column: str) -> Any:

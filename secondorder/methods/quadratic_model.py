@@ -95,9 +95,8 @@ def scale_by_quadratic_model(
     first one is. An untried step that the next batch has risen over by more than its size is undone
     by it: the update is minus that step, and the damping is raised. A batch is evaluated where the
     last step began if its objective is far above the average, so that a hard one is not taken for a
-    bad step. Of batches that are
-    not finite, which can be bad data, the first changes a counter only, and the second in a row
-    undoes the step.
+    bad step. Of batches that are not finite, which can be bad data, the first changes a counter
+    only, and the second in a row undoes the step.
 
     The coefficients have signs, so that ``d`` may be a preconditioned gradient or a step. The
     result is the step itself: no learning rate follows. Whatever stands behind in a chain may

@@ -75,6 +75,15 @@ def test_tables_are_made_again_from_the_records_alone(monkeypatch, tmp_path):
     assert f"--records {runs}" in text
 
 
+@pytest.mark.parametrize("options", [[], ["--quick"], ["--seeds", "2"]])
+def test_folders_without_records_and_options_of_runs_are_refused(
+    command, options, tmp_path, capsys
+):
+    assert main([*command, "--records", str(tmp_path), *options]) == 2
+    message = "leave --quick and --seeds out" if options else "has none of the records of"
+    assert message in capsys.readouterr().err
+
+
 def test_results_are_what_the_records_say(monkeypatch, tmp_path):
     """The tables in RESULTS.md that are made from the records in ``results/``."""
     monkeypatch.setattr(comparison_report, "save_panels", lambda *_: None)
@@ -91,7 +100,7 @@ def test_results_are_what_the_records_say(monkeypatch, tmp_path):
     assert remade.read_text() == text
 
 
-def test_contenders_without_records_are_rows(tmp_path):
+def test_contenders_without_records_are_named(tmp_path):
     trial = dataclasses.replace(TRIAL, contenders=(Contender("sgd"), Contender("adam")))
     (tmp_path / "small.jsonl").write_text(
         "".join(json.dumps({**r, "contender": "sgd"}) + "\n" for r in recorded([0.5, 0.4]).records)
